@@ -1,0 +1,46 @@
+# make demo · make test · make bench · make lint: each makes its own .venv the first time.
+# A GPU user overrides the pin: make demo TORCH=torch==2.11.0
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The extension is checked by its own build tool, which does nothing where nothing changed.
+BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
+
+.PHONY: demo test bench lint format build clean
+
+demo: build
+	$(BIN)/pyvlm demo
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+build: $(STAMP)
+	$(BUILD)
+
+$(STAMP): pyproject.toml setup.py Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) was found: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build pyvlm/_C*.so

@@ -1,0 +1,38 @@
+#include "common/isa.h"
+
+#include <ATen/Version.h>
+
+namespace pyvlm {
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") {
+      return Isa::avx512;
+    }
+    return capability == "AVX2" ? Isa::avx2 : Isa::baseline;
+  }();
+  return isa;
+}
+
+std::string isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::baseline:
+      return "baseline";
+  }
+  return "unknown";
+}
+
+bool has_bf16_dot() {
+#if defined(__x86_64__)
+  return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace pyvlm

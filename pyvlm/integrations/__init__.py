@@ -1,0 +1,1 @@
+"""How pyvlm plugs into other libraries."""

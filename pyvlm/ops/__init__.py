@@ -1,0 +1,59 @@
+"""The public ops: functions of tensors, with checks, gradients and one implementation a device behind each."""
+
+from pyvlm.ops.attention import span_attention
+from pyvlm.ops.fusion import (
+    fuse_grids,
+    local_cross_attention,
+    merge_levels,
+    patches_to_token,
+    resample,
+    resize_positions,
+    sincos_positions,
+)
+from pyvlm.ops.loss import linear_cross_entropy
+from pyvlm.ops.moe import (
+    Routing,
+    balance_bias,
+    expert_choice,
+    expert_mlp,
+    importance_loss,
+    load_balancing_loss,
+    merge_routings,
+    router_z_loss,
+    soft_moe,
+    threshold_choice,
+    token_choice,
+)
+from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_image_tokens
+from pyvlm.ops.tiling import anyres_grid, anyres_index, letterbox_masks, pixel_shuffle_index, pixel_unshuffle_index
+
+__all__ = [
+    "Routing",
+    "add_at_image_tokens",
+    "anyres_grid",
+    "anyres_index",
+    "balance_bias",
+    "expert_choice",
+    "expert_mlp",
+    "fuse_grids",
+    "importance_loss",
+    "letterbox_masks",
+    "linear_cross_entropy",
+    "load_balancing_loss",
+    "local_cross_attention",
+    "merge_levels",
+    "merge_routings",
+    "pack_image_tokens",
+    "patches_to_token",
+    "pixel_shuffle_index",
+    "pixel_unshuffle_index",
+    "place_image_tokens",
+    "resample",
+    "resize_positions",
+    "router_z_loss",
+    "sincos_positions",
+    "soft_moe",
+    "span_attention",
+    "threshold_choice",
+    "token_choice",
+]

@@ -1,0 +1,102 @@
+"""Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C`, incrementally, by a generated ninja file."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+
+# One object a row for `each-isa` sources. The baseline comes first: where several objects carry the same inline
+# function, the linker keeps the first one, and that one must run on every machine.
+ISA_FLAGS = {"DEFAULT": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["AVX2"] = "-mavx2 -mfma -mf16c"
+    ISA_FLAGS["AVX512"] = (
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+    )
+
+
+def objects() -> list[tuple[str, str, str]]:
+    """(source, object, flags) of every object, from csrc/sources.txt."""
+    rows = []
+    for line in (CSRC / "sources.txt").read_text().splitlines():
+        source, *kind = line.split("#")[0].split() or [""]
+        stem = source.removesuffix(".cpp")
+        if kind == ["each-isa"]:
+            for isa, flags in ISA_FLAGS.items():
+                define = f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa}"
+                rows.append((source, f"{stem}.{isa}.o", f"{define} {flags}"))
+        elif source.endswith(".cpp"):
+            rows.append((source, f"{stem}.o", ""))
+    rank = {isa: i for i, isa in enumerate(ISA_FLAGS)}
+    return sorted(rows, key=lambda row: rank.get(row[1].split(".")[-2], 0))
+
+
+class NinjaBuildExt(build_ext):
+    """setuptools' build_ext recompiles everything on any change and has one set of flags for all sources."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = (ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}").resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        compiler = (self.compiler.compiler_cxx or ["c++"])[0]
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [
+            "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized",
+            f"-DPYVLM_COMPILER='\"{re.sub(r'[^ -~]', '', version.splitlines()[0])}\"'",
+            f"-I{CSRC.resolve()}",
+            *(f"-isystem {path}" for path in includes),
+        ]
+        libraries = Path(torch.__file__).parent / "lib"
+        link = f"-shared -fopenmp -L{libraries} -lc10 -ltorch_cpu -ltorch -ltorch_python"
+        if sys.platform == "darwin":
+            link += " -undefined dynamic_lookup"
+        rules = [
+            f"cxx = {compiler}",
+            f"cxxflags = {' '.join(flags)}",
+            "rule compile",
+            "  command = $cxx $cxxflags $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            f"  command = $cxx $in {link} -o $out",
+            "  description = link $out",
+        ]
+        rows = objects()
+        for source, obj, extra in rows:
+            rules += [f"build {obj}: compile {CSRC.resolve() / source}", f"  extra = {extra}"]
+        rules += [f"build _C.so: link {' '.join(obj for _, obj, _ in rows)}", ""]
+        (build / "build.ninja").write_text("\n".join(rules))
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(build)], check=True)
+        # In place and into a wheel: what was linked once is copied, not linked anew.
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "_C.so", target)
+
+
+setup(
+    packages=[
+        "pyvlm",
+        *(
+            f"pyvlm.{name}"
+            for name in ("ops", "reference", "nn", "models", "training", "recipes", "integrations")
+        ),
+        "pyvlm.triton_kernels",
+    ],
+    package_dir={"pyvlm": "pyvlm", "pyvlm.triton_kernels": "triton_kernels"},
+    package_data={"pyvlm": ["py.typed"], "pyvlm.recipes": ["*.yaml"], "pyvlm.training": ["*.html"]},
+    ext_modules=[Extension("pyvlm._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
