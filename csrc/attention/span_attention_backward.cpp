@@ -15,7 +15,7 @@ template <typename scalar_t, typename op_t>
 class Backward {
  public:
   explicit Backward(const SpanBackward& args)
-      : a_(args), p_(args.problem), tiles_(p_), width_(tiles_.width()) {}
+      : a_(args), p_(args.problem), tiles_(p_), width_(tiles_.width()), height_(tiles_.height()) {}
 
   void run() {
     Arena size;
@@ -54,7 +54,7 @@ class Backward {
 
     Scratch(Arena& arena, const Backward& f) {
       const int64_t width = f.width_, padded = f.tiles_.query_tiles() * width, D = f.p_.D,
-                    tile = kTileKeys * width;
+                    height = round_up(f.height_, 2), tile = height * width;
       q_t = arena.take<op_t>(padded * D);
       do_t = arena.take<op_t>(padded * D);
       q = arena.take<op_t>(padded * D);
@@ -66,9 +66,9 @@ class Backward {
       }
       dk = arena.take<acc_t>(f.p_.J * D);
       dv = arena.take<acc_t>(f.p_.J * D);
-      k = arena.take<op_t>(kWidened ? kTileKeys * D : 0);
-      v = arena.take<op_t>(kWidened ? kTileKeys * D : 0);
-      k_t = arena.take<op_t>(kTileKeys * D);
+      k = arena.take<op_t>(kWidened ? height * D : 0);
+      v = arena.take<op_t>(kWidened ? height * D : 0);
+      k_t = arena.take<op_t>(height * D);
       scores = arena.take<acc_t>(tile);
       dp = arena.take<acc_t>(tile);
       p = arena.take<op_t>(tile);
@@ -138,7 +138,7 @@ class Backward {
   }
 
   void key_tile(const Scratch& x, int64_t b, int64_t g, int64_t t) {
-    const int64_t begin = t * kTileKeys, n = std::min(kTileKeys, p_.J - begin), D = p_.D;
+    const int64_t begin = t * height_, n = std::min(height_, p_.J - begin), D = p_.D;
     const scalar_t* k_rows = a_.k.template at<scalar_t>(b, g, begin);
     const scalar_t* v_rows = a_.v.template at<scalar_t>(b, g, begin);
     bool packed = false;
@@ -154,7 +154,7 @@ class Backward {
       }
       if (!packed) {
         packed = true;
-        pack_a_transposed(x.k_t, k_rows, a_.k.token, n, D, kTileKeys);
+        pack_a_transposed(x.k_t, k_rows, a_.k.token, n, D, height_);
         if constexpr (kWidened) {
           pack_a(x.k, k_rows, a_.k.token, n, D);
           pack_a(x.v, v_rows, a_.v.token, n, D);
@@ -168,10 +168,13 @@ class Backward {
       const int64_t first = query_tile * width_, at = first * D;
       tile_gemm(n, width_, D, k, kWidened ? D : a_.k.token, x.q_t + at, width_, x.scores, width_, false);
       tile_gemm(n, width_, D, v, kWidened ? D : a_.v.token, x.do_t + at, width_, x.dp, width_, false);
+      if (p_.softcap != 0) {
+        cap_scores(x.scores, n * width_, p_.scale, p_.softcap);
+      }
       score_gradients(x, first, p_.key_class + b * p_.J + begin, n);
       tile_gemm(n, D, width_, x.p, width_, x.grad + at, D, x.dv + begin * D, D, true);
       tile_gemm(n, D, width_, x.ds, width_, x.q + at, D, x.dk + begin * D, D, true);
-      tile_gemm(D, width_, round_up(n, kVnni<op_t>), x.k_t, kTileKeys, x.ds_b, width_, x.dq_t + at, width_,
+      tile_gemm(D, width_, round_up(n, kVnni<op_t>), x.k_t, height_, x.ds_b, width_, x.dq_t + at, width_,
                 true);
     }
   }
@@ -180,8 +183,8 @@ class Backward {
   void score_gradients(const Scratch& x, int64_t first, const uint8_t* key_class, int64_t n) {
     const int streams = p_.streams();
     const bool capped = p_.softcap != 0;
-    const Vec scale(static_cast<acc_t>(p_.scale)), zero(acc_t(0)), one(acc_t(1)),
-        cap(static_cast<acc_t>(p_.softcap));
+    const Vec scale(static_cast<acc_t>(capped ? 1 : p_.scale)), zero(acc_t(0)), one(acc_t(1));
+    const Vec cap(static_cast<acc_t>(p_.softcap));
     for (int64_t lane = 0; lane < width_; lane += 2 * Vec::size()) {
       Vec lse[kMaxRanges][2], delta[kMaxRanges][2];
       for (int s = 0; s < streams; ++s) {
@@ -195,24 +198,20 @@ class Backward {
         for (int64_t row = j; row < std::min(j + 2, n); ++row) {
           for (int s = 0; s < streams; ++s) {
             const TileStream<acc_t>& stream = x.streams[s];
-            const bool partial = stream.cover == Cover::partial;
-            if (stream.cover == Cover::empty || (partial && !stream.sees_class(key_class[row]))) {
-              continue;
-            }
-            for (int v = 0; v < 2; ++v) {
+            const Cover cover = stream.row_cover(row, key_class[row], lane);
+            for (int v = 0; v < 2 && cover != Cover::empty; ++v) {
               const int64_t column = lane + v * Vec::size(), at = row * width_ + column;
-              Vec score = Vec::loadu(x.scores + at) * scale, slope = one;
-              if (capped) {
-                const Vec t = (score / cap).tanh();
-                score = cap * t;
-                slope = one - t * t;
-              }
-              Vec probability = exp_of(score - lse[s][v]);
-              if (partial) {
+              const Vec score = Vec::loadu(x.scores + at);
+              Vec probability = exp_of(at::vec::fmsub(score, scale, lse[s][v]));
+              if (cover == Cover::partial) {
                 probability = Vec::blendv(zero, probability, stream.visible(row, key_class[row], column));
               }
               p[row - j][v] = p[row - j][v] + probability;
-              ds[row - j][v] = ds[row - j][v] + probability * (Vec::loadu(x.dp + at) - delta[s][v]) * slope;
+              Vec gradient = probability * (Vec::loadu(x.dp + at) - delta[s][v]);
+              if (capped) {  // the slope of the cap: 1 − tanh²
+                gradient = gradient * (one - (score / cap) * (score / cap));
+              }
+              ds[row - j][v] = ds[row - j][v] + gradient;
             }
           }
           store_a_row(x.p + row * width_ + lane, p[row - j][0], p[row - j][1]);
@@ -239,7 +238,7 @@ class Backward {
   const SpanBackward& a_;
   const SpanProblem& p_;
   SpanTiles tiles_;
-  int64_t width_;
+  int64_t width_, height_;
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ template <typename scalar_t, typename op_t>
 class Forward {
  public:
   explicit Forward(const SpanForward& args)
-      : a_(args), p_(args.problem), tiles_(p_), width_(tiles_.width()) {}
+      : a_(args), p_(args.problem), tiles_(p_), width_(tiles_.width()), height_(tiles_.height()) {}
 
   void run() {
     pack_keys_and_values();
@@ -44,7 +44,6 @@ class Forward {
   struct Scratch {
     op_t* q_t;      // [D, width], B operand
     acc_t* scores;  // [keys, width]
-    acc_t* masked;  // the same, scaled, capped and masked
     op_t* p_t;      // [keys, width], B operand
     acc_t* rescale;
     acc_t* o_t[kMaxRanges];  // [D, width] a stream, not yet divided by the sum
@@ -53,10 +52,9 @@ class Forward {
     TileStream<acc_t>* streams;
 
     Scratch(Arena& arena, const Forward& f) {
-      const int64_t width = f.width_, tile = kTileKeys * width;
+      const int64_t width = f.width_, tile = round_up(f.height_, 2) * width;
       q_t = arena.take<op_t>(f.p_.D * width);
       scores = arena.take<acc_t>(tile);
-      masked = arena.take<acc_t>(tile);
       p_t = arena.take<op_t>(tile);
       rescale = arena.take<acc_t>(width);
       for (int s = 0; s < f.p_.streams(); ++s) {
@@ -71,7 +69,7 @@ class Forward {
   // Vᵀ a key tile as an A operand, and K where it must be widened: once for all the queries and heads of a
   // group.
   void pack_keys_and_values() {
-    const int64_t tile = kTileKeys * p_.D, count = p_.B * p_.G * tiles_.key_tiles();
+    const int64_t tile = height_ * p_.D, count = p_.B * p_.G * tiles_.key_tiles();
     const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<op_t>::value);
     values_ = at::empty({count * tile}, options);
     if (kWidened) {
@@ -83,11 +81,11 @@ class Forward {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = i % tiles_.key_tiles(), g = i / tiles_.key_tiles() % p_.G,
                       b = i / tiles_.key_tiles() / p_.G;
-        const int64_t rows = std::min(kTileKeys, p_.J - t * kTileKeys);
-        pack_a_transposed(values + i * tile, a_.v.template at<scalar_t>(b, g, t * kTileKeys), a_.v.token,
-                          rows, p_.D, kTileKeys);
+        const int64_t rows = std::min(height_, p_.J - t * height_);
+        pack_a_transposed(values + i * tile, a_.v.template at<scalar_t>(b, g, t * height_), a_.v.token, rows,
+                          p_.D, height_);
         if (kWidened) {
-          pack_a(keys + i * tile, a_.k.template at<scalar_t>(b, g, t * kTileKeys), a_.k.token, rows, p_.D);
+          pack_a(keys + i * tile, a_.k.template at<scalar_t>(b, g, t * height_), a_.k.token, rows, p_.D);
         }
       }
     });
@@ -112,25 +110,28 @@ class Forward {
       if (!any) {
         continue;
       }
-      const int64_t n = std::min(kTileKeys, p_.J - t * kTileKeys);
-      const int64_t packed = ((b * p_.G + g) * tiles_.key_tiles() + t) * kTileKeys * p_.D;
+      const int64_t n = std::min(height_, p_.J - t * height_);
+      const int64_t packed = ((b * p_.G + g) * tiles_.key_tiles() + t) * height_ * p_.D;
       if constexpr (kWidened) {
         tile_gemm(n, width_, p_.D, keys_.template const_data_ptr<op_t>() + packed, p_.D, x.q_t, width_,
                   x.scores, width_, false);
       } else {
-        tile_gemm(n, width_, p_.D, a_.k.template at<op_t>(b, g, t * kTileKeys), a_.k.token, x.q_t, width_,
+        tile_gemm(n, width_, p_.D, a_.k.template at<op_t>(b, g, t * height_), a_.k.token, x.q_t, width_,
                   x.scores, width_, false);
+      }
+      if (p_.softcap != 0) {
+        cap_scores(x.scores, n * width_, p_.scale, p_.softcap);
       }
       const op_t* v_t = values_.template const_data_ptr<op_t>() + packed;
       for (int s = 0; s < streams; ++s) {
         if (x.streams[s].cover == Cover::empty) {
           continue;
         }
-        const bool grew = exponentiate(x, s, p_.key_class + b * p_.J + t * kTileKeys, n);
+        const bool grew = exponentiate(x, s, p_.key_class + b * p_.J + t * height_, n);
         if (started[s] && grew) {
           rescale_rows(x.o_t[s], x.rescale);
         }
-        tile_gemm(p_.D, width_, round_up(n, kVnni<op_t>), v_t, kTileKeys, x.p_t, width_, x.o_t[s], width_,
+        tile_gemm(p_.D, width_, round_up(n, kVnni<op_t>), v_t, height_, x.p_t, width_, x.o_t[s], width_,
                   started[s]);
         started[s] = true;
       }
@@ -142,27 +143,18 @@ class Forward {
   // and sum. Returns whether any maximum grew: then what was summed before must be rescaled.
   bool exponentiate(const Scratch& x, int s, const uint8_t* key_class, int64_t n) {
     const TileStream<acc_t>& stream = x.streams[s];
-    const bool partial = stream.cover == Cover::partial, capped = p_.softcap != 0,
-               plain = !partial && !capped;
-    const Vec scale(static_cast<acc_t>(p_.scale)), lowest(-std::numeric_limits<acc_t>::infinity()),
-        zero(acc_t(0));
-    const Vec cap(static_cast<acc_t>(p_.softcap)), one(acc_t(1));
+    const Vec scale(static_cast<acc_t>(p_.softcap == 0 ? p_.scale : 1)), zero(acc_t(0));
+    const Vec lowest(-std::numeric_limits<acc_t>::infinity());
     bool grew = false;
     for (int64_t lane = 0; lane < width_; lane += 2 * Vec::size()) {
       Vec top[2] = {lowest, lowest};
       for (int64_t j = 0; j < n; ++j) {
-        const bool hidden = partial && !stream.sees_class(key_class[j]);
-        for (int v = 0; v < 2; ++v) {
-          const int64_t at = j * width_ + lane + v * Vec::size(), column = lane + v * Vec::size();
-          if (hidden) {
-            lowest.store(x.masked + at);
-            continue;
-          }
-          Vec score = Vec::loadu(x.scores + at) * scale;
-          if (!plain) {
-            score = capped ? cap * (score / cap).tanh() : score;
-            score = partial ? Vec::blendv(lowest, score, stream.visible(j, key_class[j], column)) : score;
-            score.store(x.masked + at);
+        const Cover cover = stream.row_cover(j, key_class[j], lane);
+        for (int v = 0; v < 2 && cover != Cover::empty; ++v) {
+          const int64_t column = lane + v * Vec::size();
+          Vec score = Vec::loadu(x.scores + j * width_ + column) * scale;
+          if (cover == Cover::partial) {
+            score = Vec::blendv(lowest, score, stream.visible(j, key_class[j], column));
           }
           top[v] = at::vec::clamp_min(score, top[v]);
         }
@@ -183,11 +175,16 @@ class Forward {
       for (int64_t j = 0; j < n; j += 2) {
         Vec p[2][2] = {{zero, zero}, {zero, zero}};
         for (int64_t row = j; row < std::min(j + 2, n); ++row) {
-          for (int v = 0; v < 2; ++v) {
-            const int64_t at = row * width_ + lane + v * Vec::size();
-            p[row - j][v] = exp_of(plain ? at::vec::fmsub(Vec::loadu(x.scores + at), scale, base[v])
-                                         : Vec::loadu(x.masked + at) - base[v]);
-            sum[v] = sum[v] + p[row - j][v];
+          const Cover cover = stream.row_cover(row, key_class[row], lane);
+          for (int v = 0; v < 2 && cover != Cover::empty; ++v) {
+            const int64_t column = lane + v * Vec::size();
+            Vec& probability = p[row - j][v];
+            probability =
+                exp_of(at::vec::fmsub(Vec::loadu(x.scores + row * width_ + column), scale, base[v]));
+            if (cover == Cover::partial) {
+              probability = Vec::blendv(zero, probability, stream.visible(row, key_class[row], column));
+            }
+            sum[v] = sum[v] + probability;
           }
         }
         store_b_rows(x.p_t + j * width_, lane, width_, p[0], p[1]);
@@ -246,7 +243,7 @@ class Forward {
   const SpanForward& a_;
   const SpanProblem& p_;
   SpanTiles tiles_;
-  int64_t width_;
+  int64_t width_, height_;
   at::Tensor values_, keys_;
 };
 

@@ -17,17 +17,20 @@
 namespace pyvlm::CPU_CAPABILITY {
 
 // Keys and queries of a tile: 128 x 256 scores in fp32 and their bf16 copies stay in a 1 MB L2 beside the
-// operands.
-inline constexpr int64_t kTileKeys = 128;
-inline constexpr int64_t kMaxTileQueries = 256;
-// Tiles are padded to this many queries: two AVX-512 registers.
+// operands. Lengths in between are cut evenly, so that no tile is nearly empty: 130 keys are one tile, not
+// 128 and 2.
+inline constexpr int64_t kTileKeys = 128, kTileQueries = 256;
+inline constexpr int64_t kMaxTileQueries = kTileQueries * 3 / 2;
+// Queries are padded to this many lanes, two AVX-512 registers, and a row of a tile is masked by groups of
+// them.
 inline constexpr int64_t kLanes = 32;
 
-inline int64_t tile_queries(int64_t queries) {
-  return std::min(kMaxTileQueries, round_up(std::max<int64_t>(queries, 1), kLanes));
+inline int64_t even_tile(int64_t total, int64_t target, int64_t multiple) {
+  const int64_t tiles = std::max<int64_t>(1, (total + target / 2) / target);
+  return round_up(std::max<int64_t>(1, (total + tiles - 1) / tiles), multiple);
 }
 
-// Operands keep the tensors' type where the microkernel takes it, and are widened to fp32 where it does not.
+// Scores and sums are in fp32, or fp64 for fp64 tensors.
 template <typename scalar_t>
 using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -38,9 +41,10 @@ class SpanTiles {
  public:
   explicit SpanTiles(const SpanProblem& p)
       : p_(p),
-        width_(tile_queries(p.I)),
+        width_(even_tile(p.I, kTileQueries, kLanes)),
+        height_(even_tile(p.J, kTileKeys, 16)),
         query_tiles_((p.I + width_ - 1) / width_),
-        key_tiles_((p.J + kTileKeys - 1) / kTileKeys),
+        key_tiles_((p.J + height_ - 1) / height_),
         extents_(p.B * query_tiles_ * p.ranges),
         classes_(p.B * key_tiles_, 0) {
     for (int64_t b = 0; b < p.B; ++b) {
@@ -59,12 +63,13 @@ class SpanTiles {
         }
       }
       for (int64_t j = 0; j < p.J; ++j) {
-        classes_[b * key_tiles_ + j / kTileKeys] |= uint8_t(1u << p.key_class[b * p.J + j]);
+        classes_[b * key_tiles_ + j / height_] |= uint8_t(1u << p.key_class[b * p.J + j]);
       }
     }
   }
 
-  int64_t width() const { return width_; }
+  int64_t width() const { return width_; }    // queries of a tile
+  int64_t height() const { return height_; }  // keys of a tile
   int64_t query_tiles() const { return query_tiles_; }
   int64_t key_tiles() const { return key_tiles_; }
 
@@ -75,7 +80,7 @@ class SpanTiles {
   Cover cover(int64_t b, int64_t query_tile, int64_t key_tile, int r) const {
     const Extent& e = extents_[(b * query_tiles_ + query_tile) * p_.ranges + r];
     const uint8_t present = classes_[b * key_tiles_ + key_tile];
-    const int64_t begin = key_tile * kTileKeys, end = std::min(begin + kTileKeys, p_.J);
+    const int64_t begin = key_tile * height_, end = std::min(begin + height_, p_.J);
     if ((present & p_.range_classes[r]) == 0 || e.hi_max <= begin || e.lo_min >= end) {
       return Cover::empty;
     }
@@ -90,19 +95,23 @@ class SpanTiles {
   };
 
   const SpanProblem& p_;
-  int64_t width_, query_tiles_, key_tiles_;
+  int64_t width_, height_, query_tiles_, key_tiles_;
   std::vector<Extent> extents_;
   std::vector<uint8_t> classes_;
 };
 
 // One range on one tile. Partial ranges carry their bounds a query, counted from the tile's first key: small
-// integers, exact in any floating type, so that they are compared in the scores' own registers.
+// integers, exact in any floating type, so that they are compared in the scores' own registers. And for each
+// group of kLanes queries, between which keys any of them sees something and between which all of them do.
 template <typename acc_t>
 struct TileRange {
   Cover cover;
   uint8_t classes;
   alignas(64) acc_t lo[kMaxTileQueries];
   alignas(64) acc_t hi[kMaxTileQueries];
+  struct {
+    acc_t any_lo, any_hi, all_lo, all_hi;
+  } groups[kMaxTileQueries / kLanes];
 
   void load(const SpanProblem& p, const SpanTiles& tiles, int64_t b, int64_t query_tile, int64_t key_tile,
             int r) {
@@ -111,15 +120,40 @@ struct TileRange {
     if (cover != Cover::partial) {
       return;
     }
-    const int64_t first = query_tile * tiles.width(), begin = key_tile * kTileKeys;
+    const int64_t first = query_tile * tiles.width(), begin = key_tile * tiles.height();
     const int64_t count = std::min(tiles.width(), p.I - first);
-    for (int64_t c = 0; c < count; ++c) {
+    for (int64_t c = 0; c < tiles.width(); ++c) {
+      auto& group = groups[c / kLanes];
+      if (c % kLanes == 0) {
+        group = {acc_t(tiles.height()), acc_t(0), acc_t(0), acc_t(tiles.height())};
+      }
+      if (c >= count) {  // what a padding lane sees does not matter
+        lo[c] = hi[c] = 0;
+        continue;
+      }
       const int32_t* range = tiles.bounds(b, first + c, r);
-      lo[c] = static_cast<acc_t>(std::clamp<int64_t>(range[0] - begin, 0, kTileKeys));
-      hi[c] = static_cast<acc_t>(std::clamp<int64_t>(range[1] - begin, 0, kTileKeys));
+      lo[c] = static_cast<acc_t>(std::clamp<int64_t>(range[0] - begin, 0, tiles.height()));
+      hi[c] = static_cast<acc_t>(std::clamp<int64_t>(range[1] - begin, 0, tiles.height()));
+      if (lo[c] < hi[c]) {
+        group.any_lo = std::min(group.any_lo, lo[c]);
+        group.any_hi = std::max(group.any_hi, hi[c]);
+      }
+      group.all_lo = std::max(group.all_lo, lo[c]);
+      group.all_hi = std::min(group.all_hi, hi[c]);
     }
-    std::fill(lo + count, lo + tiles.width(), acc_t(0));
-    std::fill(hi + count, hi + tiles.width(), acc_t(0));
+  }
+
+  // How much of the group of lanes that `lane` lies in sees the tile's key `key`.
+  Cover row_cover(acc_t key, uint8_t key_class, int64_t lane) const {
+    if (cover == Cover::full) {
+      return Cover::full;
+    }
+    const auto& group = groups[lane / kLanes];
+    if (cover == Cover::empty || (classes >> key_class & 1) == 0 || key < group.any_lo ||
+        key >= group.any_hi) {
+      return Cover::empty;
+    }
+    return key >= group.all_lo && key < group.all_hi ? Cover::full : Cover::partial;
   }
 };
 
@@ -141,16 +175,15 @@ struct TileStream {
     }
   }
 
-  bool sees_class(uint8_t key_class) const {
-    for (int r = 0; r < count; ++r) {
-      if (ranges[r].cover == Cover::partial && (ranges[r].classes >> key_class & 1) != 0) {
-        return true;
-      }
+  Cover row_cover(int64_t key, uint8_t key_class, int64_t lane) const {
+    Cover row = cover == Cover::full ? Cover::full : Cover::empty;
+    for (int r = 0; r < count && row != Cover::full; ++r) {
+      row = std::max(row, ranges[r].row_cover(static_cast<acc_t>(key), key_class, lane));
     }
-    return false;
+    return row;
   }
 
-  // Lane mask of the queries from `lane` on that see the tile's key `key`; for partial tiles.
+  // Lane mask of the queries from `lane` on that see the tile's key `key`, where row_cover is partial.
   Vec visible(int64_t key, uint8_t key_class, int64_t lane) const {
     const Vec position(static_cast<acc_t>(key));
     Vec mask(acc_t(0));
@@ -163,6 +196,16 @@ struct TileStream {
     return mask;
   }
 };
+
+// Scaled scores under a soft cap, in place: cap · tanh(scale · s / cap).
+template <typename acc_t>
+void cap_scores(acc_t* scores, int64_t count, double scale, double softcap) {
+  using Vec = at::vec::Vectorized<acc_t>;
+  const Vec cap(static_cast<acc_t>(softcap)), factor(static_cast<acc_t>(scale / softcap));
+  for (int64_t i = 0; i < count; i += Vec::size()) {
+    (cap * (Vec::loadu(scores + i) * factor).tanh()).store(scores + i);
+  }
+}
 
 inline at::vec::Vectorized<float> exp_of(const at::vec::Vectorized<float>& x) { return x.exp_u20(); }
 inline at::vec::Vectorized<double> exp_of(const at::vec::Vectorized<double>& x) { return x.exp(); }

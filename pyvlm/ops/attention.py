@@ -1,10 +1,10 @@
 """Attention whose mask is a few integers a query: the public op, its schema's fake kernel and its gradient.
 
-Shapes: B batch, H query heads, G key/value heads, I queries, J keys, D head dimension, R ranges a query (1 or 2),
-S streams (R where the softmaxes are separate, else 1).
+Shapes: B batch, H query heads, G key/value heads, I queries, J keys, D head dimension, R ranges a query
+(1 or 2), S streams (R where the softmaxes are separate, else 1).
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ from pyvlm.reference import attention as reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@overload
+def span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    scale: float | None = None,
+    softcap: float | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 def span_attention(
     q: Tensor,
     k: Tensor,
@@ -29,10 +52,10 @@ def span_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each query over the keys in its ranges that are of the ranges' classes.
 
-    Where `spans.separate` is false, one softmax runs over the union of a query's ranges; where it is true, each range
-    has its own softmax and the results are summed (multimodal causal attention, DeepSpeed-VisualChat,
-    arXiv 2309.14327). A query that sees nothing gets 0 and an lse of −inf. Tiles that no query sees are skipped.
-    Sums are kept in fp32 (fp64 for fp64 inputs). The gradient is bitwise deterministic.
+    Where `spans.separate` is false, one softmax runs over the union of a query's ranges; where it is true,
+    each range has its own softmax and the results are summed (multimodal causal attention, DeepSpeed-VisualChat,
+    arXiv 2309.14327). A query that sees nothing gets 0 and an lse of −inf. Tiles that no query sees are
+    skipped. Sums are kept in fp32 (fp64 for fp64 inputs). The gradient is bitwise deterministic.
 
     Args:
         q: `[B, H, I, D]`, fp32, bf16, fp16 or fp64, any strides.
@@ -74,16 +97,22 @@ def _check_arguments(
         raise TypeError(
             f"spans is a {type(spans).__name__}; expected AttentionSpans, as TokenLayout.spans(rule) gives"
         )
+    if not all(isinstance(x, Tensor) for x in (q, k, v)):
+        given = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"q, k, v are {given}; expected tensors")
     if not (q.dim() == k.dim() == v.dim() == 4):
         raise ValueError(
-            f"q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; expected 4: [batch, heads, tokens, head_dim]"
+            f"q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; "
+            "expected 4: [batch, heads, tokens, head_dim]"
         )
-    if not (q.dtype == k.dtype == v.dtype):
+    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
         raise TypeError(
             f"q, k, v are {q.dtype}, {k.dtype} and {v.dtype}; expected one dtype: convert them first"
         )
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q, k, v are {q.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if not {q.dtype, k.dtype, v.dtype} <= set(DTYPES):
+        raise TypeError(
+            f"q, k, v are {q.dtype}, {k.dtype} and {v.dtype}; expected one of {', '.join(map(str, DTYPES))}"
+        )
     devices = {t.device for t in (q, k, v, spans.bounds, spans.key_class)}
     if len(devices) > 1:
         raise ValueError(
@@ -93,7 +122,8 @@ def _check_arguments(
     batch, heads, queries, head_dim = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(
-            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected k and v [{batch}, G, keys, {head_dim}]"
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "
+            f"expected k and v [{batch}, G, keys, {head_dim}]"
         )
     groups, keys = k.shape[1], k.shape[2]
     if groups == 0 or heads % groups != 0:
@@ -104,8 +134,8 @@ def _check_arguments(
         raise ValueError("head_dim is 0; expected at least 1")
     if spans.bounds.shape[:2] != (batch, queries):
         raise ValueError(
-            f"spans are for {list(spans.bounds.shape[:2])} queries [batch, queries] and q has {[batch, queries]}; "
-            "make them with the query_start and num_queries of this call"
+            f"spans are for {list(spans.bounds.shape[:2])} queries [batch, queries] and q has "
+            f"{[batch, queries]}; make them with the query_start and num_queries of this call"
         )
     if spans.key_class.shape != (batch, keys):
         raise ValueError(
@@ -144,7 +174,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bounds, key_class, ctx.range_classes, ctx.separate, ctx.scale, ctx.softcap = inputs
-    # The first stream's own output is for the backward alone: with it, and the sum, each stream's dO·o_r is known.
+    # The first stream's own output is for the backward alone: it and the sum give each stream's dO·o_r.
     out, stream_out, lse = output
     ctx.mark_non_differentiable(stream_out)
     ctx.set_materialize_grads(False)
@@ -176,7 +206,14 @@ def _backward(
     return (*grads, None, None, None, None, None, None)
 
 
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        'span_attention has no second derivative but in its reference: use backend="reference"'
+    )
+
+
 if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::span_attention", _fake)
     torch.library.register_fake("pyvlm::span_attention_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::span_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pyvlm::span_attention_backward", _refuse_second_derivative)

@@ -1,0 +1,20 @@
+"""Modules made of `pyvlm.ops`: parameters and wiring, no kernel logic."""
+
+from pyvlm.nn.attention import SpanAttention
+from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
+from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion, MergeLevels, PatchesToToken
+from pyvlm.nn.moe import MoE, MoEStats
+from pyvlm.nn.partial_lora import PartialLoRALinear
+
+__all__ = [
+    "EncoderFeatures",
+    "FeatureFusion",
+    "LocalCrossAttention",
+    "MergeLevels",
+    "MoE",
+    "MoEStats",
+    "PartialLoRALinear",
+    "PatchesToToken",
+    "Resampler",
+    "SpanAttention",
+]

@@ -1,0 +1,131 @@
+"""Multi-head attention over spans, with rotary positions, grouped-query heads and a key-value cache.
+
+Shapes: B batch, L new tokens, K keys (cached ones included), H query heads, G key-value heads, D head size,
+C channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pyvlm.layout import AttentionSpans
+from pyvlm.ops.attention import span_attention
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def rotary_tables(positions_BL: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Cosines and signed sines of rotary positions (RoFormer, arXiv 2104.09864), float32 [B, L, 1, D] each.
+
+    Channels i and i + D/2 are one pair, as in transformers; the first of a pair takes −sin.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions_BL.device) / head_dim
+    angle = positions_BL[:, :, None, None] * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x_BLHD: Tensor, rotary: Rotary) -> Tensor:
+    """Turns every channel pair by its angle, with sums in float32 or wider."""
+    cos, sin = rotary
+    # Rolled by D/2, each channel meets its partner. Measured forward and backward, [32, 130, 6, 32] on one Zen 5
+    # core: 6.3 ms, and 11.3 ms with the halves taken apart and concatenated again.
+    partner = x_BLHD.roll(x_BLHD.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BLHD * cos, partner, sin).to(x_BLHD.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of one attention layer, in buffers allocated once for `max_length` tokens a row."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, k_BGLD: Tensor, v_BGLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new keys and values behind the old ones and returns views of all of them, [B, G, K, D].
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        stop = self.length + k_BGLD.shape[2]
+        if stop > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens a row, of which {self.length} are taken: "
+                f"{k_BGLD.shape[2]} more do not fit; make it longer"
+            )
+        if self._keys is None or self._values is None:
+            batch, heads, _, head_dim = k_BGLD.shape
+            self._keys = k_BGLD.new_empty(batch, heads, self.max_length, head_dim)
+            self._values = v_BGLD.new_empty(batch, heads, self.max_length, head_dim)
+        self._keys[:, :, self.length : stop] = k_BGLD
+        self._values[:, :, self.length : stop] = v_BGLD
+        self.length = stop
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+
+class SpanAttention(nn.Module):
+    """Self-attention in which `AttentionSpans` say which keys each token sees.
+
+    Args:
+        hidden_size: channels in and out.
+        num_heads: query heads.
+        num_kv_heads: key-value heads, a divisor of `num_heads` (GQA, arXiv 2305.13245); None: `num_heads`.
+        head_dim: channels a head; None: hidden_size / num_heads.
+        bias: whether both projections have one.
+        softcap: bound on the scores, softcap·tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+        backend: of `pyvlm.ops.span_attention`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool = False,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+        self.softcap = softcap
+        self.backend = backend
+        all_heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(hidden_size, all_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states_BLC: Tensor,
+        spans: AttentionSpans,
+        rotary: Rotary | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attends from the L tokens given to all K keys of `spans`: the cached ones, then these L themselves.
+
+        Args:
+            hidden_states_BLC: floating [B, L, C].
+            spans: L queries, K keys.
+            rotary: tables of `rotary_tables` for the L tokens; None: no rotary positions.
+            cache: keys and values of the tokens before these; it is extended by these.
+
+        Returns:
+            [B, L, C]; the rows of padding tokens are the bias of the output projection, or 0.
+        """
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv_proj(hidden_states_BLC).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        q, k = qk.split([heads, kv_heads], dim=2)
+        q_BHLD, k_BGKD, v_BGKD = (x.transpose(1, 2) for x in (q, k, v))
+        if cache is not None:
+            k_BGKD, v_BGKD = cache.append(k_BGKD, v_BGKD)
+        out_BHLD = span_attention(q_BHLD, k_BGKD, v_BGKD, spans, softcap=self.softcap, backend=self.backend)
+        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))

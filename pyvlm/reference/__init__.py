@@ -1,0 +1,1 @@
+"""Plain PyTorch versions of every op: the definition that the native kernels are tested against."""

@@ -1,0 +1,150 @@
+"""Fusion of encoder features in plain PyTorch: what every kernel of `pyvlm.ops.fusion` is held to.
+
+Shapes: N images · T tokens of a map, row-major · C channels of a map · H output features · Q queries · E
+embedding · D head features · A attention heads. A grid is (rows, columns). Norms, sums over
+levels, resizing and softmax run in float32 for half-precision inputs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def merge_levels(
+    levels: Sequence[Tensor],
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Σ_l α_l (W_l · LN_l(v_l) + b_l). One W for all levels comes out of the sum: one product."""
+    dtype = accumulator(levels[0].dtype)
+    num_levels, channels = len(levels), levels[0].shape[-1]
+    alpha, weight = alpha.to(dtype), weight.to(dtype)
+    gammas = [None] * num_levels if ln_weight is None else ln_weight.to(dtype).expand(num_levels, channels)
+    betas = [None] * num_levels if ln_bias is None else ln_bias.to(dtype).expand(num_levels, channels)
+    scaled = [
+        a * F.layer_norm(v_NTC.to(dtype), (channels,), gamma, beta, eps)
+        for a, v_NTC, gamma, beta in zip(alpha, levels, gammas, betas, strict=True)
+    ]
+    if weight.dim() == 2:
+        out_NTH = F.linear(torch.stack(scaled).sum(0), weight)
+    else:
+        out_NTH = torch.stack([F.linear(x, w) for x, w in zip(scaled, weight, strict=True)]).sum(0)
+    if bias is not None:
+        out_NTH = out_NTH + (alpha[:, None] * bias.to(dtype)).sum(0)
+    return out_NTH.to(levels[0].dtype)
+
+
+def resize_map(
+    x_NTC: Tensor,
+    grid: tuple[int, int],
+    target: tuple[int, int],
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """A row-major map of `grid` brought to `target`; untouched where the two agree."""
+    if grid == target:
+        return x_NTC
+    x_NChw = x_NTC.to(accumulator(x_NTC.dtype)).transpose(1, 2).unflatten(2, grid)
+    resized = F.interpolate(
+        x_NChw, size=target, mode=mode, align_corners=align_corners if mode == "bilinear" else None
+    )
+    return resized.flatten(2).transpose(1, 2).to(x_NTC.dtype)
+
+
+def fuse_grids(
+    features: Sequence[Tensor],
+    grids: Sequence[tuple[int, int]],
+    target: tuple[int, int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mode: str = "bilinear",
+    align_corners: bool = False,
+) -> Tensor:
+    """Every map on the target grid, channels side by side, then one projection (none without a weight)."""
+    fused = torch.cat(
+        [resize_map(x, grid, target, mode, align_corners) for x, grid in zip(features, grids, strict=True)],
+        dim=-1,
+    )
+    return fused if weight is None else F.linear(fused, weight, bias)
+
+
+def patches_to_token(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    patches: Sequence[int],
+    biases: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Each expert's patches, m by m, projected to one token; the experts' tokens one after another."""
+    biases = [None] * len(features) if biases is None else biases
+    tokens = [
+        F.linear(x_NTC.reshape(x_NTC.shape[0], x_NTC.shape[1] // m, m * x_NTC.shape[2]), weight, bias)
+        for x_NTC, weight, m, bias in zip(features, weights, patches, biases, strict=True)
+    ]
+    return torch.cat(tokens, dim=1)
+
+
+def to_windows(x: Tensor, query_grid: tuple[int, int], dim: int = 1) -> Tensor:
+    """Cuts axis `dim`, a map r times as fine as `query_grid`, into the axes [Q, r·r]; all are row-major."""
+    rows, columns = query_grid
+    r = math.isqrt(x.shape[dim] // (rows * columns))
+    x = x.unflatten(dim, (rows, r, columns, r)).transpose(dim + 1, dim + 2)
+    return x.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
+
+
+def local_cross_attention(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    query_grid: tuple[int, int],
+    masks: Sequence[Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One softmax of a query over its window of every map; a window with nothing visible gives 0."""
+    dtype = accumulator(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    k_NAQWD = torch.cat([to_windows(k, query_grid, dim=2) for k in keys], dim=3).to(dtype)
+    v_NAQWD = torch.cat([to_windows(v, query_grid, dim=2) for v in values], dim=3).to(dtype)
+    scores = torch.einsum("naqd,naqwd->naqw", query.to(dtype), k_NAQWD) * scale
+    if masks is None:
+        weights = scores.softmax(-1)
+    else:
+        hidden = ~torch.cat([to_windows(mask, query_grid) for mask in masks], dim=2).unsqueeze(1)
+        # The finite minimum keeps an all-hidden row free of NaN; the second fill makes it 0, not uniform.
+        weights = (
+            scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+        )
+    return torch.einsum("naqw,naqwd->naqd", weights, v_NAQWD).to(query.dtype)
+
+
+def resample(
+    features: Tensor,
+    query: Tensor,
+    query_position: Tensor,
+    key_position: Tensor,
+    in_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    num_heads: int,
+    in_proj_bias: Tensor | None = None,
+    out_proj_bias: Tensor | None = None,
+) -> Tensor:
+    """Queries attend to a map: query q + p_q, key z + p_k, value z. All images have the same queries."""
+    w_q, w_k, w_v = in_proj_weight.chunk(3)
+    b_q, b_k, b_v = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    q_AQD = F.linear(query + query_position, w_q, b_q).unflatten(-1, (num_heads, -1)).transpose(0, 1)
+    k_NATD = F.linear(features + key_position, w_k, b_k).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    v_NATD = F.linear(features, w_v, b_v).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    scores = (q_AQD @ k_NATD.transpose(-1, -2)).to(accumulator(features.dtype)) * q_AQD.shape[-1] ** -0.5
+    out_NAQD = scores.softmax(-1).to(v_NATD.dtype) @ v_NATD
+    return F.linear(out_NAQD.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)

@@ -1,0 +1,49 @@
+"""Fixtures of the whole suite: fixed seeds, poisoned memory for the kernels, the conformance folder."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import conformance
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: a first call compiles or warms up. Derandomised: a failure must come back on the next run.
+settings.register_profile("pyvlm", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("pyvlm")
+
+KERNEL_TESTS = ("attention", "moe", "fusion")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds Python, NumPy and torch before every test."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of kernels, memory that nobody wrote holds NaN (integers: the largest), in C++ too.
+
+    It is a by-product of torch's deterministic mode, and elsewhere that mode could hide an op which is not.
+    """
+    if request.path.parent.name not in KERNEL_TESTS:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def conformance_folder() -> Path:
+    """The folder of stored outputs of the original authors' code; skips the test where it is missing."""
+    reason = conformance.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return conformance.FOLDER
