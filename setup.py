@@ -1,4 +1,4 @@
-"""Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C`, incrementally, by a generated ninja file."""
+"""Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C`, by a generated ninja file."""
 
 import platform
 import re
@@ -17,8 +17,8 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
-# One object a row for `each-isa` sources. The baseline comes first: where several objects carry the same inline
-# function, the linker keeps the first one, and that one must run on every machine.
+# Each row gives an object of every `each-isa` source. The baseline comes first: where several objects carry
+# the same inline function, the linker keeps the first one, and that one must run on every machine.
 ISA_FLAGS = {"DEFAULT": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["AVX2"] = "-mavx2 -mfma -mf16c"
@@ -53,7 +53,8 @@ class NinjaBuildExt(build_ext):
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
         flags = [
-            "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized",
+            "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math",
+            "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized",  # GCC's own intrinsics
             f"-DPYVLM_COMPILER='\"{re.sub(r'[^ -~]', '', version.splitlines()[0])}\"'",
             f"-I{CSRC.resolve()}",
             *(f"-isystem {path}" for path in includes),

@@ -90,11 +90,14 @@ class TokenLayout:
         object.__setattr__(self, "document", document)
         object.__setattr__(self, "prefix", prefix)
         if is_readable(kind):
-            self._check_values()
+            expect_classes("kind", kind)
+            if image is not None:
+                self._check_images()
+            if prefix is not None:
+                self._check_prefix(prefix)
 
-    def _check_values(self) -> None:
+    def _check_images(self) -> None:
         kind, image = self.kind, self.image
-        expect_classes("kind", kind)
         bad = (kind == IMAGE) != (image >= 0)
         if bad.any():
             b, i = first_true(bad)
@@ -102,11 +105,11 @@ class TokenLayout:
                 f"token [{b}, {i}] has kind {kind[b, i]} and image index {image[b, i]}: "
                 "image tokens (kind 2) need an index of at least 0, and all others -1"
             )
-        position = torch.arange(self.length)
         doc_first, _ = _runs(self.document)
         image_first, _ = _runs(self.document, image)
         row = torch.arange(len(kind))[:, None].expand_as(kind)
-        pieces = torch.stack([row, doc_first, image], -1)[(image_first == position) & (image >= 0)]
+        starts = (image_first == torch.arange(self.length)) & (image >= 0)
+        pieces = torch.stack([row, doc_first, image], -1)[starts]
         images, count = pieces.unique(dim=0, return_counts=True)
         if (count > 1).any():
             b, _, m = images[count > 1][0].tolist()
@@ -114,10 +117,12 @@ class TokenLayout:
                 f"image {m} of row {b} lies in more than one piece: "
                 "the tokens of an image must be neighbours; give each piece an index of its own"
             )
-        if self.prefix is None:
-            return
-        past_prefix = torch.where((kind != PADDING) & ~self.prefix, position, -1).cummax(1).values
-        late = (kind != PADDING) & self.prefix & (past_prefix >= doc_first)
+
+    def _check_prefix(self, prefix: Tensor) -> None:
+        real = self.kind != PADDING
+        doc_first, _ = _runs(self.document)
+        past_prefix = torch.where(real & ~prefix, torch.arange(self.length), -1).cummax(1).values
+        late = real & prefix & (past_prefix >= doc_first)
         if late.any():
             b, i = first_true(late)
             raise ValueError(
@@ -220,17 +225,17 @@ class TokenLayout:
 
         position = torch.arange(self.length, dtype=torch.int32, device=self.kind.device)
         doc_first, doc_end = (x[:, queries] for x in _runs(self.document))
-        image_first, image_end = (x[:, queries] for x in _runs(self.document, self.image))
         is_image = self.kind[:, queries] == IMAGE
         i = position[queries].expand_as(doc_first)
         end = i + 1  # of what is not after the query
-        past = doc_first if window is None else torch.maximum(doc_first, i - (window - 1))
+        past = doc_first if window is None else torch.maximum(doc_first, end - min(window, self.length))
 
         if rule in ("mmca", "mmca_released", "mmca_image"):
             image_lo, image_hi, text_lo = i, end, end  # of an image query; end makes an empty range
             if rule == "mmca_released":
                 text_lo = past
             elif rule == "mmca_image":
+                image_first, image_end = (x[:, queries] for x in _runs(self.document, self.image))
                 image_lo, image_hi = torch.maximum(image_first, past), image_end
             text_stream = (torch.where(is_image, text_lo, past), end)
             image_stream = (torch.where(is_image, image_lo, past), torch.where(is_image, image_hi, end))
@@ -244,7 +249,8 @@ class TokenLayout:
         if rule == "bidirectional":
             hi = doc_end
         elif rule == "bidirectional_image":
-            hi = torch.where(is_image, image_end, end)
+            _, image_end = _runs(self.document, self.image)
+            hi = torch.where(is_image, image_end[:, queries], end)
         elif self.prefix is not None and rule == "prefix":
             prefix_end = torch.where(self.prefix, position + 1, 0).cummax(1).values  # up to each token,
             prefix_end = prefix_end.gather(1, doc_end.long() - 1)  # and so of the document at its last one

@@ -1,1 +1,1 @@
-"""Triton kernels, one file a family. Installed as `pyvlm.triton_kernels`: the bare name belongs to another project."""
+"""Triton kernels, a file a family; installed as `pyvlm.triton_kernels`: the bare name is taken."""

@@ -2,7 +2,6 @@
 // one pass, five GEMMs a tile. No two tasks write the same place and the order of every sum is fixed:
 // deterministic by construction.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include "attention/span_tiles.h"
 #include "common/arena.h"
@@ -20,10 +19,10 @@ class Backward {
   void run() {
     Arena size;
     Scratch(size, *this);
-    const at::Tensor memory = at::empty({at::get_num_threads(), size.used() + 64}, at::kByte);
     at::parallel_for(0, p_.B * p_.G, task_grain(p_.H / p_.G * p_.I * p_.J * p_.D),
                      [&](int64_t begin, int64_t end) {
-                       Arena arena = thread_arena(memory);
+                       const ThreadScratch memory(size.used());
+                       Arena arena = memory.arena();
                        const Scratch scratch(arena, *this);
                        for (int64_t task = begin; task < end; ++task) {
                          differentiate(scratch, task / p_.G, task % p_.G);
@@ -225,13 +224,10 @@ class Backward {
   }
 
   void store_head(const Scratch& x, int64_t b, int64_t h) const {
-    const auto scale = static_cast<acc_t>(p_.scale);
-    for (int64_t i = 0; i < p_.I; ++i) {
-      scalar_t* row = a_.grad_q.template at<scalar_t>(b, h, i);
-      const acc_t* dq_t = x.dq_t + i / width_ * width_ * p_.D + i % width_;
-      for (int64_t d = 0; d < p_.D; ++d) {
-        row[d * a_.grad_q.dim] = static_cast<scalar_t>(dq_t[d * width_] * scale);
-      }
+    for (int64_t first = 0; first < p_.I; first += width_) {
+      store_transposed(a_.grad_q.template at<scalar_t>(b, h, first), a_.grad_q.token, a_.grad_q.dim,
+                       x.dq_t + first * p_.D, width_, std::min(width_, p_.I - first), p_.D,
+                       static_cast<acc_t>(p_.scale));
     }
   }
 

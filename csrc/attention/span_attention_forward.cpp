@@ -23,10 +23,9 @@ class Forward {
     const int64_t query_tiles = tiles_.query_tiles(), tasks = p_.B * p_.H * query_tiles;
     Arena size;
     Scratch(size, *this);
-    const int64_t bytes = size.used();
-    const at::Tensor memory = at::empty({at::get_num_threads(), bytes + 64}, at::kByte);
     at::parallel_for(0, tasks, task_grain(width_ * p_.J * p_.D), [&](int64_t begin, int64_t end) {
-      Arena arena = thread_arena(memory);
+      const ThreadScratch memory(size.used());
+      Arena arena = memory.arena();
       const Scratch scratch(arena, *this);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / (p_.H * query_tiles), h = task / query_tiles % p_.H;
@@ -230,12 +229,8 @@ class Forward {
 
   void store(const Strided& out, const acc_t* o_t, int64_t b, int64_t h, int64_t first,
              int64_t queries) const {
-    for (int64_t c = 0; c < queries; ++c) {
-      scalar_t* row = out.template at<scalar_t>(b, h, first + c);
-      for (int64_t d = 0; d < p_.D; ++d) {
-        row[d * out.dim] = static_cast<scalar_t>(o_t[d * width_ + c]);
-      }
-    }
+    store_transposed(out.template at<scalar_t>(b, h, first), out.token, out.dim, o_t, width_, queries, p_.D,
+                     acc_t(1));
   }
 
   static constexpr int kAllLanes = (1 << Vec::size()) - 1;

@@ -1,4 +1,4 @@
-"""The public ops: functions of tensors, with checks, gradients and one implementation a device behind each."""
+"""The public ops: functions of tensors, with checks, gradients and an implementation a device behind each."""
 
 from pyvlm.ops.attention import span_attention
 from pyvlm.ops.fusion import (
@@ -25,7 +25,13 @@ from pyvlm.ops.moe import (
     token_choice,
 )
 from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_image_tokens
-from pyvlm.ops.tiling import anyres_grid, anyres_index, letterbox_masks, pixel_shuffle_index, pixel_unshuffle_index
+from pyvlm.ops.tiling import (
+    anyres_grid,
+    anyres_index,
+    letterbox_masks,
+    pixel_shuffle_index,
+    pixel_unshuffle_index,
+)
 
 __all__ = [
     "Routing",

@@ -53,9 +53,10 @@ def span_attention(
     """Attention of each query over the keys in its ranges that are of the ranges' classes.
 
     Where `spans.separate` is false, one softmax runs over the union of a query's ranges; where it is true,
-    each range has its own softmax and the results are summed (multimodal causal attention, DeepSpeed-VisualChat,
-    arXiv 2309.14327). A query that sees nothing gets 0 and an lse of −inf. Tiles that no query sees are
-    skipped. Sums are kept in fp32 (fp64 for fp64 inputs). The gradient is bitwise deterministic.
+    each range has its own softmax and the results are summed (multimodal causal attention,
+    DeepSpeed-VisualChat, arXiv 2309.14327). A query that sees nothing gets 0 and an lse of −inf. Tiles that
+    no query sees are skipped. Sums are in fp32 (fp64 for fp64 inputs). The gradient is bitwise deterministic.
+    Inputs must be finite, keys that nobody sees included: 0 times NaN is NaN.
 
     Args:
         q: `[B, H, I, D]`, fp32, bf16, fp16 or fp64, any strides.
@@ -77,7 +78,7 @@ def span_attention(
         RuntimeError: the named backend is not available.
     """
     _check_arguments(q, k, v, spans, scale, softcap)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as torch's own ops do
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -23,22 +23,23 @@ def span_attention(
     they become c·tanh(score/c) (Gemma 2, arXiv 2408.00118). Joint spans take one softmax over the union of a
     query's sets; separate spans one a range, and add up the results (multimodal causal attention,
     DeepSpeed-VisualChat, arXiv 2309.14327). An empty set contributes 0, with lse −inf and gradient 0. All is
-    computed in float32, or in float64 for float64 inputs.
+    computed in float32, or in float64 for float64 inputs, under autocast too.
 
     Returns:
         out [B, H, Q, D] in the dtype of q, and lse [B, H, R or 1 where joint, Q] in the dtype computed in.
     """
-    heads, kv_heads, head_dim = q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[-1]
-    dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
-    k_BHKD, v_BHKD = (x.to(dtype).repeat_interleave(heads // kv_heads, dim=1) for x in (k_BGKD, v_BGKD))
-    s_BHQK = q_BHQD.to(dtype) @ k_BHKD.mT * (head_dim**-0.5 if scale is None else scale)
-    if softcap is not None:
-        s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
-    sees_BRQK = spans.dense() if spans.separate else spans.dense().any(1, keepdim=True)
-    empty_BRQ1 = ~sees_BRQK.any(-1, keepdim=True)
-    hidden_BRQK = ~(sees_BRQK | empty_BRQ1)  # a row of nothing but −inf would have NaN gradients
-    s_BHRQK = s_BHQK.unsqueeze(2).masked_fill(hidden_BRQK.unsqueeze(1), -torch.inf)
-    lse_BHRQ1 = s_BHRQK.logsumexp(-1, keepdim=True)
-    p_BHQK = (s_BHRQK - lse_BHRQ1).exp().masked_fill(empty_BRQ1.unsqueeze(1), 0).sum(2)
-    lse_BHRQ = lse_BHRQ1.masked_fill(empty_BRQ1.unsqueeze(1), -torch.inf).squeeze(-1)
-    return (p_BHQK @ v_BHKD).to(q_BHQD.dtype), lse_BHRQ
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        heads, kv_heads, head_dim = q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[-1]
+        dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
+        k_BHKD, v_BHKD = (x.to(dtype).repeat_interleave(heads // kv_heads, dim=1) for x in (k_BGKD, v_BGKD))
+        s_BHQK = q_BHQD.to(dtype) @ k_BHKD.mT * (head_dim**-0.5 if scale is None else scale)
+        if softcap is not None:
+            s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
+        sees_BRQK = spans.dense() if spans.separate else spans.dense().any(1, keepdim=True)
+        empty_BRQ1 = ~sees_BRQK.any(-1, keepdim=True)
+        hidden_BRQK = ~(sees_BRQK | empty_BRQ1)  # a row of nothing but −inf would have NaN gradients
+        s_BHRQK = s_BHQK.unsqueeze(2).masked_fill(hidden_BRQK.unsqueeze(1), -torch.inf)
+        lse_BHRQ1 = s_BHRQK.logsumexp(-1, keepdim=True)
+        p_BHQK = (s_BHRQK - lse_BHRQ1).exp().masked_fill(empty_BRQ1.unsqueeze(1), 0).sum(2)
+        lse_BHRQ = lse_BHRQ1.masked_fill(empty_BRQ1.unsqueeze(1), -torch.inf).squeeze(-1)
+        return (p_BHQK @ v_BHKD).to(q_BHQD.dtype), lse_BHRQ
