@@ -97,7 +97,7 @@ setup(
         "pyvlm.triton_kernels",
     ],
     package_dir={"pyvlm": "pyvlm", "pyvlm.triton_kernels": "triton_kernels"},
-    package_data={"pyvlm": ["py.typed"], "pyvlm.recipes": ["*.yaml"], "pyvlm.training": ["*.html"]},
+    package_data={"pyvlm": ["py.typed"], "pyvlm.recipes": ["*.yaml"], "pyvlm.training": ["templates/*"]},
     ext_modules=[Extension("pyvlm._C", sources=[])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

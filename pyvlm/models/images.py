@@ -1,0 +1,105 @@
+"""From image files and arrays to the pixels that a model takes, with every defect told at once."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+# Decoded, 64 megapixels take 192 MB; a file of some kilobytes can claim far more (a decompression bomb).
+MAX_PIXELS = 64_000_000
+
+
+def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads and decodes an image file, turned upright where its EXIF data says so.
+
+    Raises:
+        ValueError: the file is missing, no image, damaged, truncated, or claims more than `max_pixels`; the
+            message names it.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"image {path!r}: there is no such file")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Image.DecompressionBombError(
+                    f"it claims {width} by {height} pixels, and at most {max_pixels:,} are decoded: shrink it"
+                )
+            image.verify()
+        with Image.open(path) as image:  # verify() leaves an image unusable and does not decode it
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"image {path!r}: not an image, or of a format that Pillow cannot read") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path!r}: {error}") from None
+    except (
+        Exception
+    ) as error:  # what a decoder raises on a damaged file is anything from struct.error to KeyError
+        raise ValueError(f"image {path!r}: damaged or truncated ({error})") from error
+
+
+def to_pixels(image: Any, channels: int, size: int) -> Tensor:
+    """The pixels of one image, float32 [channels, size, size] in [0, 1].
+
+    Args:
+        image: a path, a PIL image, or an array or tensor [H, W(, 1 or 3)], uint8 or floating in [0, 1].
+        channels: 1 (grey) or 3 (RGB); the image is converted.
+        size: side of the square that the image is stretched or shrunk to (bilinear, antialiased).
+
+    Raises:
+        TypeError: not an image.
+        ValueError: an unreadable file, a wrong shape, NaN, or values outside [0, 1].
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        image = _to_array(image)
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(
+            np.array(image, order="C")
+        )  # a copy: torch takes no read-only or flipped array
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"an image must be a path, a PIL image, an array or a tensor, got {type(image).__name__}"
+        )
+    pixels_HWC = image[..., None] if image.dim() == 2 else image
+    if pixels_HWC.dim() != 3 or pixels_HWC.shape[2] not in (1, 3) or 0 in pixels_HWC.shape:
+        raise ValueError(
+            f"an image must be [H, W], [H, W, 1] or [H, W, 3] and not empty, got {list(image.shape)}"
+        )
+    if image.dtype == torch.uint8:
+        pixels_HWC = pixels_HWC.float() / 255
+    elif not image.is_floating_point():
+        raise ValueError(f"an image must be uint8 or floating in [0, 1], got {image.dtype}")
+    elif not ((pixels_HWC >= 0) & (pixels_HWC <= 1)).all():
+        low, high = pixels_HWC.min().item(), pixels_HWC.max().item()
+        raise ValueError(
+            f"a floating image must lie in [0, 1] without NaN, got values from {low:g} to {high:g}"
+        )
+    pixels_CHW = pixels_HWC.float().permute(2, 0, 1)
+    if channels == 3:
+        pixels_CHW = pixels_CHW.expand(3, -1, -1)
+    elif pixels_CHW.shape[0] == 3:
+        luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
+        pixels_CHW = torch.einsum("chw,c->hw", pixels_CHW, luma)[None]
+    if pixels_CHW.shape[1:] != (size, size):
+        pixels_CHW = torch.nn.functional.interpolate(
+            pixels_CHW[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        )[0]
+    return pixels_CHW.contiguous()
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W(, 3)]; 16-bit greys become floating in [0, 1], since Pillow's own conversion clips them."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image, dtype=np.float32) / 65535
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"an image of mode {image.mode!r} has no fixed range: convert it to 8 bits or give an array"
+        )
+    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))

@@ -1,0 +1,249 @@
+"""Messages in, token ids, labels and pixels out: the tokenizer, the chat template, the image preprocessing.
+
+Shapes: B batch, L tokens, n images of a sample, N images of a batch, C channels, H = W image size.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from pyvlm.models.checkpoint import find_folder, read_config, read_file, write_file
+from pyvlm.models.config import Config, ImageConfig, Size
+from pyvlm.models.images import to_pixels
+
+IGNORED = -100
+Message = Mapping[str, Any]
+Sample = dict[str, Tensor]
+
+
+class ProcessorConfig(Config):
+    """What `processor.json` holds. A turn is its role's token, its content, and `end_token`."""
+
+    image: ImageConfig
+    tokens_per_image: Size
+    image_mean: tuple[float, ...] = (0.5,)
+    image_std: tuple[float, ...] = (0.5,)
+    image_token: str = "<image>"
+    user_token: str = "<user>"
+    assistant_token: str = "<assistant>"
+    end_token: str = "<end>"
+    pad_token: str = "<pad>"
+    unknown_token: str = "<unk>"
+
+    @property
+    def template_tokens(self) -> list[str]:
+        """The tokens that only the template may write: text that holds one would break it."""
+        return [self.image_token, self.user_token, self.assistant_token, self.end_token, self.pad_token]
+
+    @model_validator(mode="after")
+    def _one_a_channel(self) -> "ProcessorConfig":
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if len(values) not in (1, self.image.channels):
+                raise ValueError(
+                    f"{name} {values}: give one number, or one for each of {self.image.channels} channels"
+                )
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std {self.image_std} must be positive")
+        return self
+
+
+def word_level_tokenizer(texts: Iterable[str], special_tokens: Sequence[str] | None = None) -> Tokenizer:
+    """A tokenizer whose vocabulary is the words and punctuation marks of `texts`, in lower case.
+
+    Args:
+        texts: everything that will be asked and answered; a word outside becomes <unk>.
+        special_tokens: the first ids; None: those of `ProcessorConfig`. "<unk>" must be among them.
+    """
+    if special_tokens is None:
+        special_tokens = ["<pad>", "<unk>", "<image>", "<user>", "<assistant>", "<end>"]
+    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    vocabulary = {word: i for i, word in enumerate([*special_tokens, *sorted(words - set(special_tokens))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.add_special_tokens(list(special_tokens))
+    return tokenizer
+
+
+class Processor:
+    """Turns dialogues about images into what the model takes, and token ids back into text.
+
+    A message is `{"role": "user" | "assistant", "content": ...}`, its content a string or a list of parts
+    `{"type": "text", "text": str}` and `{"type": "image", "image": path | PIL image | array}`. Each image
+    becomes `tokens_per_image` placeholders where it stands; words beside it ("image 1 :") are the caller's.
+
+    Args:
+        tokenizer: any tokenizer of the `tokenizers` library that knows the special tokens of `config`.
+        config: image preprocessing and template.
+
+    Raises:
+        ValueError: the tokenizer lacks a special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: ProcessorConfig) -> None:
+        ids = {
+            name: token_id
+            for name in [*config.template_tokens, config.unknown_token]
+            if (token_id := tokenizer.token_to_id(name)) is not None
+        }
+        if missing := [name for name in [*config.template_tokens, config.unknown_token] if name not in ids]:
+            raise ValueError(
+                f"the tokenizer lacks the special tokens {missing}: add them or name others in the config"
+            )
+        self.tokenizer = tokenizer
+        self.config = config
+        self.image_token_id = ids[config.image_token]
+        self.user_token_id = ids[config.user_token]
+        self.assistant_token_id = ids[config.assistant_token]
+        self.end_token_id = ids[config.end_token]
+        self.pad_token_id = ids[config.pad_token]
+        self.unknown_token_id = ids[config.unknown_token]
+        self._template_ids = {ids[name]: name for name in config.template_tokens}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Sample:
+        """One dialogue as tensors.
+
+        Args:
+            messages: the dialogue so far.
+            add_generation_prompt: append the token that opens the assistant's turn.
+
+        Returns:
+            input_ids int64 [L]; labels int64 [L], aligned with them: the assistant's words and end tokens,
+            and −100 elsewhere; images float32 [n, C, H, W], normalised.
+
+        Raises:
+            ValueError: an unknown role or part, text with a template token, a bad image.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        images: list[Tensor] = []
+        role_ids = {"user": self.user_token_id, "assistant": self.assistant_token_id}
+        for number, message in enumerate(messages):
+            role = message.get("role")
+            if role not in role_ids:
+                raise ValueError(f'message {number}: the role must be "user" or "assistant", got {role!r}')
+            content = [*self._encode_content(message.get("content"), number, images), self.end_token_id]
+            ids += [role_ids[role], *content]
+            spoken = [IGNORED if i == self.image_token_id else i for i in content]
+            labels += [IGNORED, *(spoken if role == "assistant" else [IGNORED] * len(content))]
+        if add_generation_prompt:
+            ids.append(self.assistant_token_id)
+            labels.append(IGNORED)
+        size, channels = self.config.image.size, self.config.image.channels
+        return {
+            "input_ids": torch.tensor(ids, dtype=torch.int64),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "images": torch.stack(images) if images else torch.empty(0, channels, size, size),
+        }
+
+    def _encode_content(self, content: Any, number: int, images: list[Tensor]) -> list[int]:
+        """Token ids of one message's content; its images are appended to `images`."""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, Sequence):
+            raise ValueError(
+                f"message {number}: content must be a string or a list of parts, got {content!r}"
+            )
+        ids: list[int] = []
+        for part in parts:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                ids += self._encode_text(part["text"], number)
+            elif kind == "image" and "image" in part:
+                try:
+                    images.append(self.preprocess(part["image"]))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"message {number}, image {len(images) + 1}: {error}") from error
+                ids += [self.image_token_id] * self.config.tokens_per_image
+            else:
+                raise ValueError(
+                    f'message {number}: a part must be {{"type": "text", "text": str}} or '
+                    f'{{"type": "image", "image": ...}}, got {part!r}'
+                )
+        return ids
+
+    def _encode_text(self, text: str, number: int) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if written := [self._template_ids[i] for i in ids if i in self._template_ids]:
+            raise ValueError(
+                f"message {number}: the text holds {written[0]!r}, which only the template may write; "
+                "give an image as a part of its own, and other tokens in other words"
+            )
+        return ids
+
+    def preprocess(self, image: Any) -> Tensor:
+        """One image as the vision towers take it, float32 [C, H, W]; see `pyvlm.models.images.to_pixels`."""
+        pixels_CHW = to_pixels(image, self.config.image.channels, self.config.image.size)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image_mean, self.config.image_std))
+        return (pixels_CHW - mean) / std
+
+    def collate(self, samples: Sequence[Sample], padding_side: str = "right") -> dict[str, Tensor | None]:
+        """Samples of `encode` as one batch; pad on the left to generate.
+
+        Returns:
+            input_ids and labels int64 [B, L], attention_mask bool [B, L] (False: padding), and images
+            float32 [N, C, H, W] in reading order, or None where there are none.
+
+        Raises:
+            ValueError: no samples, or an unknown side.
+        """
+        if not samples:
+            raise ValueError("a batch needs at least one sample")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}')
+        real = [torch.ones_like(sample["input_ids"], dtype=torch.bool) for sample in samples]
+
+        def pad(rows: list[Tensor], value: int) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side)
+
+        images = torch.cat([sample["images"] for sample in samples])
+        return {
+            "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
+            "labels": pad([sample["labels"] for sample in samples], IGNORED),
+            "attention_mask": pad(real, False),
+            "images": images if len(images) else None,
+        }
+
+    def decode(self, token_ids: Tensor | Sequence[int]) -> str:
+        """The text of token ids up to the first end token, special tokens left out."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)
+        if self.end_token_id in ids:
+            ids = ids[: ids.index(self.end_token_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text` that the vocabulary lacks, in order."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        offsets = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[start:stop] for i, (start, stop) in offsets if i == self.unknown_token_id]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer.json and processor.json into `folder`, each aside first and then renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
+        write_file(folder / "processor.json", self.config.model_dump_json(indent=2).encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Processor":
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a file is missing or broken; the message names it.
+        """
+        folder = find_folder(folder)
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_str(read_file(path).decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizer ({error})") from error
+        return cls(tokenizer, read_config(folder / "processor.json", ProcessorConfig))

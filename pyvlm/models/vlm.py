@@ -1,0 +1,198 @@
+"""The vision-language model: vision towers → fusion → connector → decoder, from one configuration.
+
+Shapes: B samples, L new tokens, K all tokens so far, N images in reading order, T tokens an image, V words.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pyvlm.layout import TokenLayout
+from pyvlm.models import checkpoint, generation
+from pyvlm.models.config import VLMConfig
+from pyvlm.models.connector import build_connector, build_fusion
+from pyvlm.models.inputs import check_inputs, default_layout, next_labels
+from pyvlm.models.language import LanguageModel
+from pyvlm.models.processor import IGNORED, Processor
+from pyvlm.models.vision import ViTTower, build_tower
+from pyvlm.nn.attention import KeyValueCache
+from pyvlm.nn.moe import MoE, MoEStats
+from pyvlm.ops.loss import linear_cross_entropy
+from pyvlm.ops.placement import place_image_tokens
+
+
+@dataclass(frozen=True)
+class VLMOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar, cross_entropy + aux_loss; None without labels.
+        cross_entropy: scalar, the mean over the labelled tokens; None without labels.
+        aux_loss: scalar, the sum of the routers' losses, already weighted; 0 without experts.
+        logits: [B, L, V]; None with labels, since the loss never makes them.
+        moe_stats: one a MoE layer.
+    """
+
+    loss: Tensor | None
+    cross_entropy: Tensor | None
+    aux_loss: Tensor
+    logits: Tensor | None
+    moe_stats: list[MoEStats]
+
+
+class VLM(nn.Module):
+    """A vision-language model.
+
+    Args:
+        config: its architecture.
+        backend: overrides `config.backend`, for every op.
+    """
+
+    def __init__(self, config: VLMConfig, backend: str | None = None) -> None:
+        super().__init__()
+        if backend is not None:
+            config = VLMConfig.model_validate(config.model_dump() | {"backend": backend})
+        self.config = config
+        self.vision_towers = nn.ModuleDict(
+            {tower.name: build_tower(tower, config.image, config.backend) for tower in config.vision_towers}
+        )
+        self.fusion = build_fusion(config)
+        self.connector = build_connector(config.connector, self.fusion.out_dim, config.language.hidden_size)
+        self.language = LanguageModel(config.language, config.backend)
+        self._initialize()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        layout: TokenLayout | None = None,
+        cache: list[KeyValueCache] | None = None,
+    ) -> VLMOutput:
+        """The loss of a batch, or its logits where no labels are given.
+
+        Args:
+            input_ids: int64 [B, L], `config.tokens_per_image` placeholders an image.
+            images: floating [N, C, H, W], those of all samples in reading order; None where there are none.
+            attention_mask: [B, L], 1 for a token and 0 for padding on either side; without a `layout` only.
+            labels: int64 [B, L], aligned with input_ids (the shift is made here), −100: nothing to learn.
+            layout: what each of the K tokens is; None: `default_layout` of the rest.
+            cache: of `new_cache`; `layout` then covers the tokens in it and the new ones. Not with labels.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape or value, or images that do not match the placeholders;
+                on the CPU before anything is computed.
+        """
+        check_inputs(self.config, input_ids, images, labels, attention_mask)
+        cached = 0 if cache is None else cache[0].length
+        if layout is None and cached == 0:
+            layout = default_layout(self.config, input_ids, attention_mask, labels)
+        elif layout is None or attention_mask is not None:
+            raise ValueError(
+                "with tokens in the cache a layout is needed, and with a layout no attention_mask"
+            )
+        if layout.kind.shape != (len(input_ids), cached + input_ids.shape[1]):
+            raise ValueError(
+                f"the layout is of {list(layout.kind.shape)} tokens, and must be of the {cached} cached ones "
+                f"a row and input_ids {list(input_ids.shape)}"
+            )
+        if labels is not None and cache is not None:
+            raise ValueError("labels need a full pass: leave out the cache")
+
+        hidden_BLC, moe_stats = self.hidden_states(input_ids, images, layout, cache)
+        aux_loss = sum((stats.aux_loss for stats in moe_stats), start=hidden_BLC.new_zeros(()))
+        if labels is None:
+            return VLMOutput(None, None, aux_loss, self.language.logits(hidden_BLC), moe_stats)
+        cross_entropy = linear_cross_entropy(
+            hidden_BLC.flatten(0, 1),
+            self.language.head_weight,
+            next_labels(labels, layout).flatten(),
+            ignore_index=IGNORED,
+            softcap=self.config.language.logit_softcap,
+            backend=self.config.backend,
+        )
+        return VLMOutput(cross_entropy + aux_loss, cross_entropy, aux_loss, None, moe_stats)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        layout: TokenLayout,
+        cache: list[KeyValueCache] | None = None,
+    ) -> tuple[Tensor, list[MoEStats]]:
+        """The last hidden states [B, L, hidden] before the head; arguments as in `forward`, unchecked."""
+        embeds_BLC = self.language.embed_tokens(input_ids)
+        if images is not None and len(images):
+            features_NTC = self.image_features(images).to(embeds_BLC.dtype)
+            is_image_BL = input_ids == self.config.image_token_id
+            embeds_BLC = place_image_tokens(
+                embeds_BLC, features_NTC.flatten(0, 1), is_image_BL, backend=self.config.backend
+            )
+        return self.language(embeds_BLC, layout, cache)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]."""
+        images = images.to(self.language.embed_tokens.weight.dtype)
+        levels = {name: tower(images) for name, tower in self.vision_towers.items()}
+        return self.connector(self.fusion(levels))
+
+    def new_cache(self, max_length: int) -> list[KeyValueCache]:
+        """Empty caches, one a layer, for up to `max_length` tokens a row."""
+        return [KeyValueCache(max_length) for _ in self.language.layers]
+
+    generate = generation.generate
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part, to freeze it or set its learning rate; each is in one part."""
+        layers = [module for module in self.language.modules() if isinstance(module, MoE)]
+        experts = [parameter for layer in layers for parameter in layer.parameters()]
+        in_experts = {id(parameter) for parameter in experts}
+        return {
+            "vision": list(self.vision_towers.parameters()),
+            "fusion": list(self.fusion.parameters()),
+            "connector": list(self.connector.parameters()),
+            "language": [p for p in self.language.parameters() if id(p) not in in_experts],
+            "moe": experts,
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike[str], processor: Processor | None = None) -> None:
+        """Writes config.json, model.safetensors and the processor's files, all of them or nothing.
+
+        Without a processor, the files of one that `folder` already holds stay.
+
+        Raises:
+            ValueError: `folder` holds other things, which would be lost.
+        """
+        folder = Path(folder)
+        checkpoint.check_replaceable(folder)
+        with checkpoint.replace_folder(folder) as aside:
+            checkpoint.write_model(self, self.config, aside)
+            if processor is not None:
+                processor.save_pretrained(aside)
+            else:
+                checkpoint.copy_processor(folder, aside)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], backend: str | None = None) -> "VLM":
+        """Reads what `save_pretrained` wrote: the same tensors bit for bit, on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: a missing, damaged or unfitting file; the message names it and what is wrong in it.
+        """
+        folder = checkpoint.find_folder(folder)
+        model = cls(checkpoint.read_config(folder / checkpoint.CONFIG, VLMConfig), backend)
+        checkpoint.load_weights(model, folder / checkpoint.WEIGHTS)
+        return model.eval()
+
+    def _initialize(self) -> None:
+        """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, ViTTower):
+                nn.init.normal_(module.position, std=module.position_init_std)
