@@ -1,0 +1,257 @@
+"""A recipe: all that determines a training run, read from a YAML file and checked before anything is made."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from pyvlm.models.config import Config, VLMConfig
+from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.training.conversation import introductions
+from pyvlm.training.digits import MAX_IMAGES, DigitsConfig, vocabulary
+
+Part = Literal["vision", "fusion", "connector", "language", "moe"]
+PARTS: tuple[Part, ...] = ("vision", "fusion", "connector", "language", "moe")
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Stage(Config):
+    """One stage of training: which parts learn from which dialogues, and how.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: dialogues a step, over all processes.
+        accumulation: parts that a step's dialogues are computed in, to save memory.
+        train: the parts that learn; the others are frozen.
+        lr: peak learning rate, one for all parts or one for each part that learns.
+        warmup: steps over which the rate rises from 0; from there it falls along a cosine.
+        final_lr: what is left of the rate at the end, as a fraction of the peak.
+        weight_decay: AdamW's (arXiv 1711.05101), on matrices and embeddings only.
+        clip_norm: bound on the gradients' norm.
+        keep_optimizer: go on with the moments that AdamW had at the end of the stage before, for the parts
+            that learned there, and not with none. A new mixture of dialogues is then less of a shock: on
+            digits, what was 94 % right fell to 9 % with a fresh AdamW and to 65 % with the old moments.
+        data: what the dialogues look like.
+    """
+
+    steps: Positive
+    batch_size: Positive
+    accumulation: Positive = 1
+    train: list[Part] = Field(default=list(PARTS), min_length=1)
+    lr: Rate | dict[Part, Rate]
+    warmup: Natural = 0
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    keep_optimizer: bool = False
+    data: DigitsConfig = DigitsConfig()
+
+    def rate_of(self, part: Part) -> float:
+        """Peak learning rate of a part."""
+        return self.lr[part] if isinstance(self.lr, dict) else self.lr
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stage":
+        if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
+            raise ValueError(
+                f"lr names {sorted(self.lr)} and train {sorted(self.train)}: give a rate for each part that "
+                "learns"
+            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}"
+            )
+        return self
+
+
+class Evaluation(Config):
+    """How held-out accuracy is measured.
+
+    Attributes:
+        dialogues: how many, in the final evaluation.
+        every: steps between quick looks during training, at `quick_dialogues` first questions; 0: none.
+    """
+
+    dialogues: Positive = 400
+    every: Natural = 0
+    quick_dialogues: Positive = 128
+    batch_size: Positive = 64
+    data: DigitsConfig = DigitsConfig()
+
+
+class Recipe(Config):
+    """A run. `stages` are trained in their order.
+
+    `model.image_token_id` and `model.language.vocab_size` follow from the words of the dialogues and are
+    filled in where the recipe leaves them out.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints; a stage's last step has one in any case.
+        log_every: steps between looks at the losses, each of which waits for the device.
+    """
+
+    name: str
+    seed: Natural = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    model: VLMConfig
+    image_mean: float = 0.5
+    image_std: Annotated[float, Field(gt=0)] = 0.5
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    evaluation: Evaluation = Evaluation()
+    checkpoint_every: Positive = 200
+    log_every: Positive = 10
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_vocabulary(cls, given: Any) -> Any:
+        model = given.get("model") if isinstance(given, Mapping) else None
+        if not isinstance(model, Mapping) or not isinstance(model.get("language"), Mapping):
+            return given  # the checks that follow say what is missing
+        tokenizer = _tokenizer()
+        language = {"vocab_size": tokenizer.get_vocab_size(), **model["language"]}
+        model = {"image_token_id": tokenizer.token_to_id("<image>"), **model, "language": language}
+        return {**given, "model": model}
+
+    @model_validator(mode="after")
+    def _fits_the_data(self) -> "Recipe":
+        if self.model.language.vocab_size != (words := _tokenizer().get_vocab_size()):
+            raise ValueError(
+                f"model.language.vocab_size is {self.model.language.vocab_size}, and the dialogues have "
+                f"{words} words: leave it out"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages.values())
+
+    def processor(self) -> Processor:
+        """The tokenizer and the image preprocessing of this recipe."""
+        return Processor(
+            _tokenizer(),
+            ProcessorConfig(
+                image=self.model.image,
+                tokens_per_image=self.model.tokens_per_image,
+                image_mean=(self.image_mean,),
+                image_std=(self.image_std,),
+            ),
+        )
+
+
+def _tokenizer() -> Any:
+    return word_level_tokenizer([*vocabulary(), *introductions(MAX_IMAGES)])
+
+
+def load_recipe(source: str | os.PathLike[str], variant: str | None = None, **overrides: Any) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        source: a YAML file, or the name of a recipe that pyvlm ships.
+        variant: an entry of the file's `variants`, whose keys replace those of the recipe, at any depth.
+        overrides: replace keys at the top, after the variant's.
+
+    Raises:
+        ValueError: the file is missing or not YAML, there is no such variant, or a key is unknown, missing or
+            has a wrong value; the message names the file and every defect.
+    """
+    text, name = _read(source)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is no recipe: expected keys and values, got {type(content).__name__}")
+    variants = content.pop("variants", None) or {}
+    if variant is not None:
+        if variant not in variants:
+            raise ValueError(f"{name} has no variant {variant!r}; it has {sorted(variants) or 'none'}")
+        content = merge(content, variants[variant])
+    try:
+        return Recipe.model_validate({**content, **overrides})
+    except ValidationError as error:
+        raise ValueError(f"{name} is not a valid recipe: {explain(error, Recipe)}") from error
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with pyvlm."""
+    files = (entry.name for entry in resources.files("pyvlm.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """Text of a recipe, and what to call it in messages."""
+    if str(source) in shipped_recipes():
+        return (resources.files("pyvlm.recipes") / f"{source}.yaml").read_text(
+            encoding="utf-8"
+        ), f"recipe {source}"
+    try:
+        return Path(source).read_text(encoding="utf-8"), str(source)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shipped = ", ".join(shipped_recipes())
+        raise ValueError(
+            f"{source}: cannot be read ({reason}); give a YAML file or one of the shipped recipes: {shipped}"
+        ) from error
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`; mappings that both hold under a key are merged likewise."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def explain(error: ValidationError, model: type[Config]) -> str:
+    """The defects in one line, with the nearest valid name for each unknown key."""
+    return "; ".join(_explain_one(entry, model.model_json_schema()) for entry in error.errors())
+
+
+def _explain_one(entry: Mapping[str, Any], schema: dict[str, Any]) -> str:
+    *parents, last = entry["loc"] or ("it",)
+    where = ".".join(map(str, (*parents, last)))
+    if entry["type"] != "extra_forbidden":
+        return f"{where}: {entry['msg'].removeprefix('Value error, ')}"
+    known = sorted(_keys_at(schema, parents))
+    nearest = difflib.get_close_matches(str(last), known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(known)}"
+    return f"{where} is unknown: {hint}"
+
+
+def _keys_at(schema: dict[str, Any], path: list[str | int]) -> set[str]:
+    """The keys that a JSON schema allows at a path of keys, list indices and union tags."""
+    nodes = [schema]
+    for step in [*path, None]:
+        nodes = [inner for node in nodes for inner in _alternatives(node, schema)]
+        if step is None:
+            break
+        reached = []
+        for node in nodes:
+            if isinstance(step, int):
+                reached.append(node.get("items", {}))
+            elif step in node.get("properties", {}):
+                reached.append(node["properties"][step])
+            elif isinstance(node.get("additionalProperties"), dict):
+                reached.append(node["additionalProperties"])
+            elif node.get("properties", {}).get("type", {}).get("const") == step:
+                reached.append(node)
+        nodes = reached
+    return {key for node in nodes for key in node.get("properties", {})}
+
+
+def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """A schema node with references followed and unions taken apart."""
+    if "$ref" in node:
+        return _alternatives(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], schema)
+    choices = [*node.get("anyOf", []), *node.get("oneOf", [])]
+    return [inner for choice in choices for inner in _alternatives(choice, schema)] or [node]

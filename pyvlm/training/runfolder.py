@@ -1,0 +1,120 @@
+"""A run folder: its lock, its recipe, its metrics, and where everything else of a run lies.
+
+recipe.json       the recipe, every default filled in
+metrics.jsonl     one line a step, and one an evaluation
+tensorboard/      the same for TensorBoard
+checkpoint/       what training goes on from: model, optimizer, position
+model/            the trained model, written at the end
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pyvlm.models.checkpoint import write_file
+from pyvlm.training.recipe import Recipe
+
+
+class RunFolder:
+    """Holds a run folder for this process alone; a context manager.
+
+    The lock is the kernel's, so that it goes with its process, however that ends.
+
+    Args:
+        path: made where it is missing.
+        recipe: what is trained there.
+
+    Raises (on entering):
+        ValueError: another process uses the folder, it holds a run of another recipe, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
+        self.path, self.recipe = Path(path), recipe
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoint"
+        self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
+        self._lock: int | None = None
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"run folder {self.path}: cannot be written ({error.strerror})") from error
+        try:
+            self._take_lock()
+            self._check_recipe()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock, 32).decode(errors="replace").strip()
+            raise ValueError(
+                f"run folder {self.path} is in use by process {holder or 'unknown'}: wait for it, or give "
+                "another folder"
+            ) from None
+        os.truncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
+
+    def _check_recipe(self) -> None:
+        path, recipe = self.path / "recipe.json", self.recipe.model_dump(mode="json")
+        if not path.exists():
+            write_file(path, json.dumps(recipe, indent=2).encode())
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): give another run folder") from error
+        if changes := list(differences(found, recipe)):
+            more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise ValueError(
+                f"run folder {self.path} holds a run of another recipe ({'; '.join(changes[:3])}{more}): "
+                "give another folder, or the recipe that the run began with"
+            )
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl; a last line that was cut off is left out."""
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def append_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def cut_metrics(self, step: int) -> None:
+        """Forgets what was logged after `step`: it is about to be computed again."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        write_file(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
+    """In words, where two values of JSON differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{where}.{key}" if where else key
+            yield from differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{where} was {old!r} and is now {new!r}"

@@ -1,0 +1,133 @@
+import io
+import json
+import sys
+
+import pytest
+
+from pyvlm.cli import main
+from pyvlm.training.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder and the printed lines of `pyvlm demo --quick`."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", printed)
+        assert main(["demo", "--quick", "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
+
+
+def test_demo_trains_evaluates_asks_and_reports(demo):
+    folder, printed = demo
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    stages = list(load_recipe("demo", "quick").stages)
+    for stage in (stages[0], stages[-1]):  # each kind of dialogue has a loss of its own
+        losses = [line["loss"] for line in metrics if line.get("stage") == stage]
+        assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), stage
+    assert {path.name for path in folder.iterdir()} >= {
+        "report.html",
+        "model",
+        "checkpoint",
+        "images",
+        "tensorboard",
+    }
+    assert len(list((folder / "images").glob("*_shows_*.png"))) == 10
+    assert "<svg" in (folder / "report.html").read_text()
+    for word in ("which", "sum", "largest", "count", "all", "baseline", "held-out images of", "report.html"):
+        assert word in printed
+    assert f"pyvlm chat {folder} --image" in printed
+
+
+def test_chat_answers_the_printed_command(demo, capsys):
+    _, printed = demo
+    command = next(line for line in printed.splitlines() if "pyvlm chat" in line)
+    words = command[command.index("chat") :].split(' "')[0].split()
+    assert main([*words, "which digit is in image 2?"]) == 0
+    answer, complaints = capsys.readouterr()
+    assert answer.strip()
+    assert not complaints
+
+
+def test_chat_holds_several_rounds(demo, capsys, monkeypatch):
+    folder, _ = demo
+    image = str(next((folder / "images").iterdir()))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("which digit is in image 1?\n\nhow many images show a zebra?\n")
+    )
+    assert main(["chat", str(folder), "--image", image]) == 0
+    answers, complaints = capsys.readouterr()
+    assert len(answers.splitlines()) == 2
+    assert complaints == "pyvlm: the model does not know the words: zebra\n"
+
+
+def test_eval_prints_the_table(demo, capsys):
+    folder, _ = demo
+    assert main(["eval", str(folder / "model"), "--dialogues", "8"]) == 0
+    assert "baseline" in capsys.readouterr().out
+
+
+def test_demo_again_evaluates_and_a_changed_one_is_refused(demo, capsys):
+    folder, _ = demo
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(["demo", "--quick", "--out", str(folder)]) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert main(["demo", "--quick", "--seed", "1", "--out", str(folder)]) == 2
+    assert "seed was 0 and is now 1" in capsys.readouterr().err
+
+
+def test_train_takes_a_recipe_file(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("sede: 1\n")
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert "did you mean 'seed'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_env_tells_versions_and_backends(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "span_attention", "reference", "available"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "no/such/run", "--image", "a.png", "hi"], "no/such/run holds no model"),
+        (["chat", "no/such/run", "hi"], "at least one picture"),
+        (["eval", "no/such/run"], "holds no model"),
+        (["train", "no/such/recipe"], "no/such/recipe: cannot be read"),
+        (["train", "demo", "--variant", "slow"], "no variant 'slow'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, complaint = capsys.readouterr()
+    assert not out
+    assert complaint.startswith("pyvlm: ")
+    assert complaint.count("\n") == 1
+    assert message in complaint
+
+
+def test_picture_that_cannot_be_read(demo, tmp_path, capsys):
+    folder, _ = demo
+    (tmp_path / "torn.png").write_bytes(next((folder / "images").iterdir()).read_bytes()[:60])
+    assert (
+        main(["chat", str(folder), "--image", str(tmp_path / "torn.png"), "which digit is in image 1?"]) == 2
+    )
+    complaint = capsys.readouterr().err
+    assert "torn.png" in complaint
+    assert complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--seed", "-1"], ["eval", "x", "--dialogues", "0"], ["fly"], []]
+)
+def test_bad_arguments_show_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: pyvlm" in capsys.readouterr().err

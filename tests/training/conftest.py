@@ -1,0 +1,49 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pyvlm.training.recipe import Recipe, merge
+
+SMALL = {
+    "name": "small",
+    "model": {
+        "image": {"size": 8, "channels": 1},
+        "vision_towers": [
+            {
+                "name": "vit",
+                "type": "vit",
+                "patch_size": 4,
+                "hidden_size": 16,
+                "num_layers": 1,
+                "num_heads": 2,
+            },
+            {"name": "conv", "type": "conv", "channels": [8], "blocks": [1], "levels": [0, 1]},
+        ],
+        "fusion": {"grid": 2, "hidden_size": 16},
+        "language": {
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "moe": {"layers": [1], "num_experts": 2, "intermediate_size": 16},
+        },
+    },
+    "stages": {
+        "one": {"steps": 5, "batch_size": 4, "lr": 1e-2, "data": {"rounds": [1, 2], "augment": 1.0}},
+        "two": {"steps": 4, "batch_size": 4, "lr": 1e-2, "warmup": 2, "data": {"rounds": [1, 1]}},
+    },
+    "evaluation": {"dialogues": 4, "every": 3, "quick_dialogues": 4, "batch_size": 3},
+    "checkpoint_every": 2,
+    "log_every": 2,
+}
+
+
+@pytest.fixture
+def small_recipe() -> Callable[..., Recipe]:
+    """Makes a recipe that trains in a second; keys given replace its own, at any depth."""
+
+    def make(**changes: Any) -> Recipe:
+        return Recipe.model_validate(merge(SMALL, changes))
+
+    return make
