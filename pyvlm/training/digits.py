@@ -30,8 +30,8 @@ Kind = Literal["which", "sum", "largest", "count"]
 class Round:
     """One question, its answer of one word, and the working that the assistant says before it.
 
-    Saying what it reads before what follows from it makes each word a small step: with the bare answers
-    alone, the same training came to 70 % right instead of 86 %.
+    Saying what it reads before what follows from it makes each word a small step. After five minutes of one
+    core, bare answers came to 71 % right, and a first form of these to 86 %.
     """
 
     kind: Kind

@@ -5,8 +5,10 @@ Every step is a function of the weights, the optimizer's state and the step's nu
 gives, on the same CPU with as many threads, the losses of an uninterrupted one, bit for bit.
 """
 
+import ctypes
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +58,7 @@ def train(
         ValueError: the run folder is in use, belongs to another recipe or cannot be written, or its
             checkpoint is damaged; the message says what to do.
     """
+    keep_freed_memory()
     with RunFolder(run_dir, recipe) as run:
         trainer = Trainer(recipe, run, progress, after_step)
         trainer.fit()
@@ -204,6 +207,18 @@ def set_learning_rate(optimizer: Optimizer, stage: Stage, step: int) -> None:
         factor = stage.final_lr + (1 - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     for group in optimizer.param_groups:
         group["lr"] = factor * stage.rate_of(group["part"])
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the blocks of a step for the next one, in place of asking the system for cleared pages.
+
+    A step of the demo took 28,000 page faults, 10 to 13 % of its time. Other allocators do so by themselves.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1  # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
