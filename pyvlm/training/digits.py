@@ -117,7 +117,7 @@ class DigitsConfig(Config):
     """
 
     images: tuple[Count, Count] = (2, 4)
-    rounds: tuple[Count, Count] = (4, 6)
+    rounds: tuple[Count, Count] = (3, 5)
     questions: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default=dict.fromkeys(QUESTIONS, 1.0))
     repeat: Annotated[float, Field(ge=0, le=1)] = 0.25
     augment: Annotated[float, Field(ge=0)] = 0.0

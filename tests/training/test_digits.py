@@ -28,7 +28,7 @@ def test_every_answer_is_right_and_every_kind_is_asked():
     kinds = []
     for dialogue in DigitDialogues("train", DigitsConfig(), seed=3).batch(0, range(200)):
         assert 2 <= len(dialogue.images) == len(dialogue.digits) <= 4
-        assert 4 <= len(dialogue.rounds) <= 6
+        assert 3 <= len(dialogue.rounds) <= 5
         for asked in dialogue.rounds:
             assert asked.answer == true_answer(dialogue.digits, asked.question)
             assert asked.reply.split()[-1] == asked.answer
