@@ -24,6 +24,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["AVX2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["AVX512"] = (
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+        " -mamx-tile -mamx-bf16"  # only where intrinsics ask for them, behind a look at the processor
     )
 
 

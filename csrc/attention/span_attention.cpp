@@ -14,12 +14,12 @@ Strided strided(const at::Tensor& t) {
 
 // Holds the contiguous spans that a SpanProblem points into.
 struct Problem : SpanProblem {
-  at::Tensor bounds_tensor, key_class_tensor;
+  at::Tensor bounds_tensor, key_class_tensor, sinks_tensor;
 };
 
 Problem make_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bounds,
                      const at::Tensor& key_class, at::IntArrayRef range_classes, bool separate, double scale,
-                     double softcap) {
+                     double softcap, const std::optional<at::Tensor>& sinks) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && q.size(0) == k.size(0) &&
                   q.size(3) == k.size(3) && q.size(3) > 0,
               "span_attention: q, k, v are ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(),
@@ -63,6 +63,14 @@ Problem make_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
     TORCH_CHECK(p.key_class[j] < 8, "span_attention: key ", j % p.J, " of sample ", j / p.J, " has class ",
                 static_cast<int>(p.key_class[j]), "; expected 0 (padding) to 7");
   }
+  p.sinks = nullptr;
+  if (sinks.has_value()) {
+    TORCH_CHECK(sinks->sizes() == at::IntArrayRef({p.H}) && at::isFloatingType(sinks->scalar_type()),
+                "span_attention: sinks are ", sinks->scalar_type(), " ", sinks->sizes(),
+                "; expected floating [", p.H, "]");
+    p.sinks_tensor = sinks->to(at::kDouble).contiguous();
+    p.sinks = p.sinks_tensor.const_data_ptr<double>();
+  }
   p.scale = scale;
   p.softcap = softcap;
   p.dtype = q.scalar_type();
@@ -73,8 +81,10 @@ Problem make_problem(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_cpu(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bounds,
-    const at::Tensor& key_class, at::IntArrayRef range_classes, bool separate, double scale, double softcap) {
-  const Problem problem = make_problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap);
+    const at::Tensor& key_class, at::IntArrayRef range_classes, bool separate, double scale, double softcap,
+    const std::optional<at::Tensor>& sinks) {
+  const Problem problem =
+      make_problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, sinks);
   const int streams = problem.streams();
   at::Tensor out = at::empty_like(q),
              stream_out = streams == 2 ? at::empty_like(q) : at::empty({0}, q.options());
@@ -91,12 +101,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_cpu(
   return {out, stream_out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
     const std::optional<at::Tensor>& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q,
     const at::Tensor& k, const at::Tensor& v, const at::Tensor& bounds, const at::Tensor& key_class,
-    at::IntArrayRef range_classes, bool separate, double scale, double softcap, const at::Tensor& out,
-    const at::Tensor& stream_out, const at::Tensor& lse) {
-  const Problem problem = make_problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap);
+    at::IntArrayRef range_classes, bool separate, double scale, double softcap,
+    const std::optional<at::Tensor>& sinks, const at::Tensor& out, const at::Tensor& stream_out,
+    const at::Tensor& lse) {
+  const Problem problem =
+      make_problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, sinks);
   at::Tensor grad_q = at::empty_like(q), grad_k = at::empty_like(k), grad_v = at::empty_like(v);
   const at::Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
                    v_rows = with_contiguous_rows(v);
@@ -104,6 +116,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
   const at::Tensor grad_rows =
       grad_out.has_value() ? with_contiguous_rows(grad_out->to(q.scalar_type())) : at::zeros_like(out_rows);
   const at::Tensor lse_rows = lse.contiguous();
+  const at::Tensor head_grad_sinks =
+      sinks.has_value() ? at::empty({problem.B, problem.H}, q.options().dtype(at::kDouble)) : at::Tensor();
   const at::Tensor grad_lse_rows = grad_lse.has_value() ? grad_lse->contiguous() : at::Tensor();
   SpanBackward args{problem,
                     strided(q_rows),
@@ -116,13 +130,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
                     strided(grad_k),
                     strided(grad_v),
                     lse_rows.const_data_ptr(),
-                    grad_lse.has_value() ? grad_lse_rows.const_data_ptr() : nullptr};
+                    grad_lse.has_value() ? grad_lse_rows.const_data_ptr() : nullptr,
+                    sinks.has_value() ? head_grad_sinks.mutable_data_ptr<double>() : nullptr};
   const at::Tensor stream_rows = problem.streams() == 2 ? with_contiguous_rows(stream_out) : at::Tensor();
   if (problem.streams() == 2) {
     args.stream_out = strided(stream_rows);
   }
   PYVLM_DISPATCH_ISA(span_attention_backward, args);
-  return {grad_q, grad_k, grad_v};
+  const at::Tensor grad_sinks =
+      sinks.has_value() ? head_grad_sinks.sum(0).to(sinks->scalar_type()) : at::empty({0}, q.options());
+  return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
 }  // namespace pyvlm

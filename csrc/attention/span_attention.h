@@ -18,14 +18,16 @@ namespace pyvlm {
 // out, the first stream's share of it (where there are two streams; else empty), lse.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_cpu(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& bounds,
-    const at::Tensor& key_class, at::IntArrayRef range_classes, bool separate, double scale, double softcap);
+    const at::Tensor& key_class, at::IntArrayRef range_classes, bool separate, double scale, double softcap,
+    const std::optional<at::Tensor>& sinks);
 
-// Gradients of q, k and v.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
+// Gradients of q, k, v and sinks (empty where there are none).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> span_attention_backward_cpu(
     const std::optional<at::Tensor>& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q,
     const at::Tensor& k, const at::Tensor& v, const at::Tensor& bounds, const at::Tensor& key_class,
-    at::IntArrayRef range_classes, bool separate, double scale, double softcap, const at::Tensor& out,
-    const at::Tensor& stream_out, const at::Tensor& lse);
+    at::IntArrayRef range_classes, bool separate, double scale, double softcap,
+    const std::optional<at::Tensor>& sinks, const at::Tensor& out, const at::Tensor& stream_out,
+    const at::Tensor& lse);
 
 inline constexpr int kMaxRanges = 2;
 
@@ -48,6 +50,7 @@ struct SpanProblem {
   const uint8_t* key_class;  // [B, J]
   uint8_t range_classes[kMaxRanges];
   double scale, softcap;  // no cap where softcap is 0
+  const double* sinks;    // [H], or null
   at::ScalarType dtype;
 
   int streams() const { return separate ? ranges : 1; }
@@ -64,6 +67,7 @@ struct SpanBackward {
   Strided q, k, v, out, stream_out, grad_out, grad_q, grad_k, grad_v;
   const void* lse;       // [B, H, S, I]
   const void* grad_lse;  // the same, or null
+  double* grad_sinks;    // [B, H], or null
 };
 
 PYVLM_DECLARE_FOR_EACH_ISA(void span_attention_forward(const SpanForward&);

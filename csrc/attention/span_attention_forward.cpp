@@ -1,264 +1,313 @@
-// The forward: one task a (batch, head, query tile) walks the key tiles that its queries see, with a running
+// The forward: a task is a (batch, key/value head) and some of its query tiles. It packs keys and values
+// once, then each query tile walks the key tiles that its queries see, 32 queries at a time, with a running
 // maximum.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-
-#include <cmath>
-
-#include "attention/span_tiles.h"
+#include "attention/span_blocks.h"
 #include "common/arena.h"
-#include "common/tile_gemm.h"
+#include "common/parallel.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 namespace {
 
-template <typename scalar_t, typename op_t>
+template <typename scalar_t, typename Gemm>
 class Forward {
  public:
   explicit Forward(const SpanForward& args)
-      : a_(args), p_(args.problem), tiles_(p_), width_(tiles_.width()), height_(tiles_.height()) {}
+      : a_(args),
+        p_(args.problem),
+        blocks_(p_),
+        scores_(p_),
+        width_(even_tile(p_.I, kTileQueries)),
+        height_(even_tile(p_.J, kTileKeys)),
+        query_tiles_((p_.I + width_ - 1) / width_),
+        key_tiles_((p_.J + height_ - 1) / height_),
+        depth_(round_up(p_.D, Gemm::kDepth)) {}
 
   void run() {
-    pack_keys_and_values();
-    const int64_t query_tiles = tiles_.query_tiles(), tasks = p_.B * p_.H * query_tiles;
+    // Packing costs a key about as much as attending to it from 40 queries: a task should have more.
+    constexpr int64_t kMinTiles = 4;
+    const int64_t tiles = p_.H / p_.G * query_tiles_, heads = p_.B * p_.G;
+    const int64_t parts = std::clamp<int64_t>(4 * at::get_num_threads() / std::max<int64_t>(heads, 1), 1,
+                                              std::max<int64_t>(1, tiles / kMinTiles));
     Arena size;
     Scratch(size, *this);
-    at::parallel_for(0, tasks, task_grain(width_ * p_.J * p_.D), [&](int64_t begin, int64_t end) {
+    run_tasks(heads * parts, tiles * width_ * p_.J * p_.D / parts, [&](TaskQueue& queue) {
       const ThreadScratch memory(size.used());
       Arena arena = memory.arena();
       const Scratch scratch(arena, *this);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / (p_.H * query_tiles), h = task / query_tiles % p_.H;
-        attend(scratch, b, h, task % query_tiles);
+      [[maybe_unused]] const typename Gemm::Session session;
+      for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
+        const int64_t b = task / parts / p_.G, g = task / parts % p_.G;
+        pack_keys_and_values(scratch, b, g);
+        // Later tiles see more under a causal mask: every part gets some of each.
+        for (int64_t i = task % parts; i < tiles; i += parts) {
+          attend(scratch, b, g * (p_.H / p_.G) + i / query_tiles_, i % query_tiles_);
+        }
       }
-      tile_gemm_release<op_t>();
     });
   }
 
  private:
-  using acc_t = acc_type<scalar_t>;
-  using Vec = at::vec::Vectorized<acc_t>;
-  static constexpr bool kWidened = !std::is_same_v<scalar_t, op_t>;
+  using op_t = typename Gemm::op_t;
+  using acc_t = typename Gemm::acc_t;
+  using V = Vec<acc_t>;
+  static constexpr int kVecs = kBlock / V::size();
+  static constexpr Precision kPrecision =
+      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+  using Power = Scores<acc_t, kPrecision>;
+  using Started = bool[kMaxRanges][kMaxGroups];  // whether o_t holds anything yet
+
+  // What 32 queries see of a tile of keys in one softmax.
+  struct Item {
+    int64_t group, tile;
+    int stream;
+    Blocks seen;  // of the tile's blocks, from the first to the last that is not empty
+    Cover covers[kMaxBlocks];
+  };
 
   struct Scratch {
-    op_t* q_t;      // [D, width], B operand
-    acc_t* scores;  // [keys, width]
-    op_t* p_t;      // [keys, width], B operand
-    acc_t* rescale;
-    acc_t* o_t[kMaxRanges];  // [D, width] a stream, not yet divided by the sum
-    acc_t* top[kMaxRanges];
-    acc_t* sum[kMaxRanges];
-    TileStream<acc_t>* streams;
+    Operand<op_t> k;         // [keys, depth], A operand
+    Operand<op_t> v_t;       // a key tile after another, [depth, height], A operands
+    Operand<op_t> q_t;       // a group of 32 queries after another, [depth, 32], B operands
+    acc_t* scores;           // [height, 32]
+    Operand<op_t> p_t;       // [height, 32], B operand
+    acc_t* shrink;           // [32]: what is left of the sums so far, where a base moved
+    acc_t* o_t[kMaxRanges];  // a group after another, [depth, 32], not yet divided by the sum
+    acc_t *base[kMaxRanges], *sum[kMaxRanges];  // [width]: sum of power(score, base)
 
     Scratch(Arena& arena, const Forward& f) {
-      const int64_t width = f.width_, tile = round_up(f.height_, 2) * width;
-      q_t = arena.take<op_t>(f.p_.D * width);
+      constexpr int64_t planes = Gemm::kPlanes;
+      const int64_t keys = f.key_tiles_ * f.height_ * f.depth_, tile = f.height_ * kBlock;
+      k = {arena.take<op_t>(planes * keys), f.depth_, keys};
+      v_t = {arena.take<op_t>(planes * keys), f.height_, keys};
+      q_t = {arena.take<op_t>(planes * f.width_ * f.depth_), kBlock, f.width_ * f.depth_};
       scores = arena.take<acc_t>(tile);
-      p_t = arena.take<op_t>(tile);
-      rescale = arena.take<acc_t>(width);
+      p_t = {arena.take<op_t>(planes * tile), kBlock, tile};
+      shrink = arena.take<acc_t>(kBlock);
       for (int s = 0; s < f.p_.streams(); ++s) {
-        o_t[s] = arena.take<acc_t>(f.p_.D * width);
-        top[s] = arena.take<acc_t>(width);
-        sum[s] = arena.take<acc_t>(width);
+        o_t[s] = arena.take<acc_t>(f.depth_ * f.width_);
+        base[s] = arena.take<acc_t>(f.width_);
+        sum[s] = arena.take<acc_t>(f.width_);
       }
-      streams = arena.take<TileStream<acc_t>>(kMaxRanges);
     }
   };
 
-  // Vᵀ a key tile as an A operand, and K where it must be widened: once for all the queries and heads of a
-  // group.
-  void pack_keys_and_values() {
-    const int64_t tile = height_ * p_.D, count = p_.B * p_.G * tiles_.key_tiles();
-    const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<op_t>::value);
-    values_ = at::empty({count * tile}, options);
-    if (kWidened) {
-      keys_ = at::empty({count * tile}, options);
+  void pack_keys_and_values(const Scratch& x, int64_t b, int64_t g) const {
+    for (int64_t t = 0; t < key_tiles_; ++t) {
+      const int64_t first = t * height_, rows = std::min(height_, p_.J - first);
+      pack_a<Gemm>(x.k.from(first * depth_), a_.k.template at<scalar_t>(b, g, first), a_.k.token, rows, p_.D,
+                   height_, depth_);
+      pack_a_transposed<Gemm>(x.v_t.from(first * depth_), a_.v.template at<scalar_t>(b, g, first), a_.v.token,
+                              rows, p_.D, height_, depth_);
     }
-    op_t* values = values_.template mutable_data_ptr<op_t>();
-    op_t* keys = kWidened ? keys_.template mutable_data_ptr<op_t>() : nullptr;
-    at::parallel_for(0, count, task_grain(tile), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t t = i % tiles_.key_tiles(), g = i / tiles_.key_tiles() % p_.G,
-                      b = i / tiles_.key_tiles() / p_.G;
-        const int64_t rows = std::min(height_, p_.J - t * height_);
-        pack_a_transposed(values + i * tile, a_.v.template at<scalar_t>(b, g, t * height_), a_.v.token, rows,
-                          p_.D, height_);
-        if (kWidened) {
-          pack_a(keys + i * tile, a_.k.template at<scalar_t>(b, g, t * height_), a_.k.token, rows, p_.D);
-        }
-      }
-    });
   }
 
-  void attend(const Scratch& x, int64_t b, int64_t h, int64_t query_tile) {
-    const int64_t first = query_tile * width_, queries = std::min(width_, p_.I - first),
-                  g = h / (p_.H / p_.G);
-    const int streams = p_.streams();
-    bool started[kMaxRanges] = {};
-    for (int s = 0; s < streams; ++s) {
-      std::fill(x.top[s], x.top[s] + width_, -std::numeric_limits<acc_t>::infinity());
+  void attend(const Scratch& x, int64_t b, int64_t h, int64_t query_tile) const {
+    const int64_t first = query_tile * width_, queries = std::min(width_, p_.I - first);
+    const int64_t groups = (queries + kBlock - 1) / kBlock, first_group = first / kBlock;
+    for (int s = 0; s < p_.streams(); ++s) {
+      std::fill(x.base[s], x.base[s] + width_, -std::numeric_limits<acc_t>::infinity());
       std::fill(x.sum[s], x.sum[s] + width_, acc_t(0));
     }
-    pack_b_transposed(x.q_t, a_.q.template at<scalar_t>(b, h, first), a_.q.token, queries, p_.D, width_);
-    for (int64_t t = 0; t < tiles_.key_tiles(); ++t) {
-      bool any = false;
-      for (int s = 0; s < streams; ++s) {
-        x.streams[s].load(p_, tiles_, b, query_tile, t, s);
-        any |= x.streams[s].cover != Cover::empty;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t i = first + group * kBlock;
+      pack_b_transposed<Gemm>(x.q_t.from(group * kBlock * depth_), a_.q.template at<scalar_t>(b, h, i),
+                              a_.q.token, std::min(kBlock, p_.I - i), p_.D, kBlock, depth_);
+    }
+    static thread_local std::vector<Item> items;
+    list_items(items, b, first_group, groups);
+    Started started = {};
+    for (const Item& item : items) {
+      const int64_t row = item.seen.begin * kBlock, keys = (item.seen.end - item.seen.begin) * kBlock;
+      Gemm::multiply({keys, kBlock, depth_, x.k.from((item.tile * height_ + row) * depth_),
+                      x.q_t.from(item.group * kBlock * depth_), x.scores + row * kBlock, kBlock, false});
+      acc_t* o_t = x.o_t[item.stream] + item.group * kBlock * depth_;
+      bool& accumulate = started[item.stream][item.group];
+      if (exponentiate(x, b, first_group, item) && accumulate) {
+        scale_columns(o_t, x.shrink);
       }
-      if (!any) {
-        continue;
-      }
-      const int64_t n = std::min(height_, p_.J - t * height_);
-      const int64_t packed = ((b * p_.G + g) * tiles_.key_tiles() + t) * height_ * p_.D;
-      if constexpr (kWidened) {
-        tile_gemm(n, width_, p_.D, keys_.template const_data_ptr<op_t>() + packed, p_.D, x.q_t, width_,
-                  x.scores, width_, false);
-      } else {
-        tile_gemm(n, width_, p_.D, a_.k.template at<op_t>(b, g, t * height_), a_.k.token, x.q_t, width_,
-                  x.scores, width_, false);
-      }
-      if (p_.softcap != 0) {
-        cap_scores(x.scores, n * width_, p_.scale, p_.softcap);
-      }
-      const op_t* v_t = values_.template const_data_ptr<op_t>() + packed;
-      for (int s = 0; s < streams; ++s) {
-        if (x.streams[s].cover == Cover::empty) {
-          continue;
-        }
-        const bool grew = exponentiate(x, s, p_.key_class + b * p_.J + t * height_, n);
-        if (started[s] && grew) {
-          rescale_rows(x.o_t[s], x.rescale);
-        }
-        tile_gemm(p_.D, width_, round_up(n, kVnni<op_t>), v_t, height_, x.p_t, width_, x.o_t[s], width_,
-                  started[s]);
-        started[s] = true;
-      }
+      Gemm::multiply({depth_, kBlock, keys, x.v_t.from(item.tile * height_ * depth_ + row),
+                      x.p_t.from(row * kBlock), o_t, kBlock, accumulate});
+      accumulate = true;
     }
     finish(x, b, h, first, queries, started);
   }
 
-  // Turns the tile's scores into probabilities of stream s against its running maximum, and updates maximum
-  // and sum. Returns whether any maximum grew: then what was summed before must be rescaled.
-  bool exponentiate(const Scratch& x, int s, const uint8_t* key_class, int64_t n) {
-    const TileStream<acc_t>& stream = x.streams[s];
-    const Vec scale(static_cast<acc_t>(p_.softcap == 0 ? p_.scale : 1)), zero(acc_t(0));
-    const Vec lowest(-std::numeric_limits<acc_t>::infinity());
-    bool grew = false;
-    for (int64_t lane = 0; lane < width_; lane += 2 * Vec::size()) {
-      Vec top[2] = {lowest, lowest};
-      for (int64_t j = 0; j < n; ++j) {
-        const Cover cover = stream.row_cover(j, key_class[j], lane);
-        for (int v = 0; v < 2 && cover != Cover::empty; ++v) {
-          const int64_t column = lane + v * Vec::size();
-          Vec score = Vec::loadu(x.scores + j * width_ + column) * scale;
-          if (cover == Cover::partial) {
-            score = Vec::blendv(lowest, score, stream.visible(j, key_class[j], column));
-          }
-          top[v] = at::vec::clamp_min(score, top[v]);
-        }
+  // What the queries of a tile have to do, a key tile after another, so that its keys and values stay in
+  // cache.
+  void list_items(std::vector<Item>& items, int64_t b, int64_t first_group, int64_t groups) const {
+    const int per_stream = p_.separate ? 1 : p_.ranges, streams = p_.streams();
+    Blocks touched[kMaxGroups][kMaxRanges], all;
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int s = 0; s < streams; ++s) {
+        touched[group][s] = blocks_.touched(b, first_group + group, s, per_stream);
+        all = all.with(touched[group][s]);
       }
-      Vec base[2], sum[2];
-      for (int v = 0; v < 2; ++v) {
-        const int64_t column = lane + v * Vec::size();
-        const Vec old = Vec::loadu(x.top[s] + column);
-        top[v] = at::vec::clamp_min(top[v], old);
-        // Where nothing was seen yet, -inf - (-inf) must not be made.
-        base[v] = Vec::blendv(top[v], zero, top[v] == lowest);
-        const Vec factor = exp_of(old - base[v]);
-        grew |= (old < top[v]).zero_mask() != kAllLanes;
-        factor.store(x.rescale + column);
-        top[v].store(x.top[s] + column);
-        sum[v] = Vec::loadu(x.sum[s] + column) * factor;
-      }
-      for (int64_t j = 0; j < n; j += 2) {
-        Vec p[2][2] = {{zero, zero}, {zero, zero}};
-        for (int64_t row = j; row < std::min(j + 2, n); ++row) {
-          const Cover cover = stream.row_cover(row, key_class[row], lane);
-          for (int v = 0; v < 2 && cover != Cover::empty; ++v) {
-            const int64_t column = lane + v * Vec::size();
-            Vec& probability = p[row - j][v];
-            probability =
-                exp_of(at::vec::fmsub(Vec::loadu(x.scores + row * width_ + column), scale, base[v]));
-            if (cover == Cover::partial) {
-              probability = Vec::blendv(zero, probability, stream.visible(row, key_class[row], column));
+    }
+    items.clear();
+    const int64_t tile_blocks = height_ / kBlock;
+    for (int64_t t = all.begin / tile_blocks; t * tile_blocks < all.end; ++t) {
+      for (int64_t group = 0; group < groups; ++group) {
+        for (int s = 0; s < streams; ++s) {
+          Item item{group, t, s, {}, {}};
+          const Blocks candidates = touched[group][s].within(t * tile_blocks, (t + 1) * tile_blocks);
+          for (int64_t block = candidates.begin; block < candidates.end; ++block) {
+            const int64_t i = block - t * tile_blocks;
+            item.covers[i] = blocks_.cover(b, first_group + group, block, s, per_stream);
+            if (item.covers[i] != Cover::empty) {
+              item.seen = item.seen.with({i, i + 1});
             }
-            sum[v] = sum[v] + probability;
+          }
+          if (!item.seen.empty()) {
+            items.push_back(item);
           }
         }
-        store_b_rows(x.p_t + j * width_, lane, width_, p[0], p[1]);
       }
-      sum[0].store(x.sum[s] + lane);
-      sum[1].store(x.sum[s] + lane + Vec::size());
     }
-    return grew;
   }
 
-  void rescale_rows(acc_t* o_t, const acc_t* factor) const {
+  // Turns an item's scores into probabilities power(score, base), not yet divided by their sum, as an
+  // operand. Returns whether the base of any query moved.
+  bool exponentiate(const Scratch& x, int64_t b, int64_t first_group, const Item& item) const {
+    const int64_t offset = item.group * kBlock;
+    acc_t *scores = x.scores, *base = x.base[item.stream] + offset, *sum = x.sum[item.stream] + offset;
+    const V factor(scores_.factor), zero(acc_t(0)), lowest(-std::numeric_limits<acc_t>::infinity());
+    scores_.prepare(scores + item.seen.begin * kBlock * kBlock,
+                    (item.seen.end - item.seen.begin) * kBlock * kBlock);
+    V top[2][kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      top[0][v] = top[1][v] = lowest;
+    }
+    for (int64_t i = item.seen.begin; i < item.seen.end; ++i) {
+      acc_t* block = scores + i * kBlock * kBlock;
+      if (item.covers[i] == Cover::empty) {
+        continue;
+      }
+      if (item.covers[i] == Cover::partial) {
+        blocks_.hide(block, b, first_group + item.group, item.tile * (height_ / kBlock) + i, item.stream,
+                     p_.separate ? 1 : p_.ranges);
+      }
+      for (int64_t j = 0; j < kBlock; j += 2) {
+        for (int v = 0; v < kVecs; ++v) {
+          const acc_t* at = block + j * kBlock + v * V::size();
+          top[0][v] = at::vec::clamp_min(V::loadu(at), top[0][v]);
+          top[1][v] = at::vec::clamp_min(V::loadu(at + kBlock), top[1][v]);
+        }
+      }
+    }
+    V used[kVecs];
+    bool moved = false;
+    for (int v = 0; v < kVecs; ++v) {
+      // A base need not be the maximum: until a score leaves it behind by more than 2^8 it stays, and what
+      // was summed up needs no new scale. Each query decides for itself, since no row may depend on another.
+      const V slack(acc_t(8)), old = V::loadu(base + v * V::size());
+      const V highest = at::vec::clamp_min(top[0][v], top[1][v]) * factor;
+      const V next = V::blendv(old, highest, highest > old + slack);
+      moved |= (next == old).zero_mask() != 0;
+      used[v] = V::blendv(next, zero, next == lowest);  // −inf − (−inf) must not be made
+      const V shrink =
+          exp2<Precision::full>((old - used[v]) * V(static_cast<acc_t>(Power::kLog2e / Power::kUnit)));
+      next.store(base + v * V::size());
+      shrink.store(x.shrink + v * V::size());
+      (V::loadu(sum + v * V::size()) * shrink).store(sum + v * V::size());
+    }
+    for (int64_t i = item.seen.begin; i < item.seen.end; ++i) {
+      const acc_t* block = item.covers[i] == Cover::empty ? nullptr : scores + i * kBlock * kBlock;
+      exponentiate_block(x.p_t.from(i * kBlock * kBlock), block, factor, used, sum);
+    }
+    return moved;
+  }
+
+  // A function of its own, so that all it needs stays in registers.
+  [[gnu::noinline]] static void exponentiate_block(const Operand<op_t>& to, const acc_t* scores,
+                                                   const V factor, const V (&base)[kVecs], acc_t* sum) {
+    const V zero(acc_t(0));
+    if (scores == nullptr) {
+      for (int64_t j = 0; j < kBlock; j += 2) {
+        for (int v = 0; v < kVecs; ++v) {
+          store_b_pair<Gemm>(to, j, v * V::size(), zero, zero);
+        }
+      }
+      return;
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t lane = v * V::size();
+      const V of_lane = base[v];
+      V total[2] = {V::loadu(sum + lane), zero};
+      for (int64_t j = 0; j < kBlock; j += 2) {
+        const acc_t* at = scores + j * kBlock + lane;
+        const V even = Power::power(V::loadu(at), factor, of_lane);
+        const V odd = Power::power(V::loadu(at + kBlock), factor, of_lane);
+        total[0] = total[0] + even;
+        total[1] = total[1] + odd;
+        store_b_pair<Gemm>(to, j, lane, even, odd);
+      }
+      (total[0] + total[1]).store(sum + lane);
+    }
+  }
+
+  void scale_columns(acc_t* o_t, const acc_t* factor) const {
     for (int64_t d = 0; d < p_.D; ++d) {
-      for (int64_t c = 0; c < width_; ++c) {
-        o_t[d * width_ + c] *= factor[c];
+      for (int64_t c = 0; c < kBlock; ++c) {
+        o_t[d * kBlock + c] *= factor[c];
       }
     }
   }
 
-  void finish(const Scratch& x, int64_t b, int64_t h, int64_t first, int64_t queries, const bool* started) {
+  void finish(const Scratch& x, int64_t b, int64_t h, int64_t first, int64_t queries,
+              const Started& started) const {
     const int streams = p_.streams();
     acc_t* lse = static_cast<acc_t*>(a_.lse) + (b * p_.H + h) * streams * p_.I + first;
-    for (int s = 0; s < streams; ++s) {
-      for (int64_t c = 0; c < width_; ++c) {
-        x.rescale[c] = x.sum[s][c] > 0 ? 1 / x.sum[s][c] : acc_t(0);
+    for (int64_t c0 = 0; c0 < queries; c0 += kBlock) {
+      const int64_t count = std::min(kBlock, queries - c0);
+      for (int s = 0; s < streams; ++s) {
+        acc_t* o_t = x.o_t[s] + c0 * depth_;
+        for (int64_t c = 0; c < kBlock; ++c) {
+          const acc_t sum = x.sum[s][c0 + c];
+          x.shrink[c] = sum > 0 ? 1 / sum : acc_t(0);
+          acc_t log_sum = static_cast<acc_t>(x.base[s][c0 + c] / Power::kUnit) + std::log(sum);
+          if (p_.sinks != nullptr && std::isfinite(p_.sinks[h])) {  // one more term of the sum
+            const auto sink = static_cast<acc_t>(p_.sinks[h]), seen = log_sum, top = std::max(seen, sink);
+            log_sum = top + std::log(std::exp(seen - top) + std::exp(sink - top));
+            x.shrink[c] *= std::exp(seen - log_sum);
+          }
+          if (c < count) {
+            lse[s * p_.I + c0 + c] = log_sum;  // −inf where nothing was seen
+          }
+        }
+        if (started[s][c0 / kBlock]) {
+          scale_columns(o_t, x.shrink);
+        } else {
+          std::fill(o_t, o_t + kBlock * depth_, acc_t(0));
+        }
       }
-      for (int64_t c = 0; c < queries; ++c) {
-        lse[s * p_.I + c] = x.top[s][c] + std::log(x.sum[s][c]);  // -inf + -inf where nothing was seen
+      acc_t* o_t = x.o_t[0] + c0 * depth_;
+      if (streams == 2) {
+        store(a_.stream_out, o_t, b, h, first + c0, count);
+        for (int64_t i = 0; i < p_.D * kBlock; ++i) {
+          o_t[i] += x.o_t[1][c0 * depth_ + i];
+        }
       }
-      if (started[s]) {
-        rescale_rows(x.o_t[s], x.rescale);
-      } else {
-        std::fill(x.o_t[s], x.o_t[s] + p_.D * width_, acc_t(0));
-      }
+      store(a_.out, o_t, b, h, first + c0, count);
     }
-    if (streams == 2) {
-      store(a_.stream_out, x.o_t[0], b, h, first, queries);
-      for (int64_t i = 0; i < p_.D * width_; ++i) {
-        x.o_t[0][i] += x.o_t[1][i];
-      }
-    }
-    store(a_.out, x.o_t[0], b, h, first, queries);
   }
 
-  void store(const Strided& out, const acc_t* o_t, int64_t b, int64_t h, int64_t first,
-             int64_t queries) const {
-    store_transposed(out.template at<scalar_t>(b, h, first), out.token, out.dim, o_t, width_, queries, p_.D,
+  void store(const Strided& out, const acc_t* o_t, int64_t b, int64_t h, int64_t first, int64_t count) const {
+    store_transposed(out.template at<scalar_t>(b, h, first), out.token, out.dim, o_t, kBlock, count, p_.D,
                      acc_t(1));
   }
 
-  static constexpr int kAllLanes = (1 << Vec::size()) - 1;
-
   const SpanForward& a_;
   const SpanProblem& p_;
-  SpanTiles tiles_;
-  int64_t width_, height_;
-  at::Tensor values_, keys_;
+  SpanBlocks blocks_;
+  Power scores_;
+  int64_t width_, height_, query_tiles_, key_tiles_, depth_;
 };
 
 }  // namespace
 
 void span_attention_forward(const SpanForward& args) {
-  switch (args.problem.dtype) {
-    case at::kDouble:
-      return Forward<double, double>(args).run();
-    case at::kFloat:
-      return Forward<float, float>(args).run();
-    case at::kHalf:
-      return Forward<at::Half, float>(args).run();
-    default:
-      // A pair of bf16 is one step of the microkernel, so an odd head_dim is widened too.
-      if (has_bf16_dot() && args.problem.D % 2 == 0) {
-        return Forward<at::BFloat16, at::BFloat16>(args).run();
-      }
-      return Forward<at::BFloat16, float>(args).run();
-  }
+  with_engine(args.problem.dtype,
+              [&](auto scalar, auto engine) { Forward<decltype(scalar), decltype(engine)>(args).run(); });
 }
 
 }  // namespace pyvlm::CPU_CAPABILITY

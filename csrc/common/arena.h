@@ -4,7 +4,6 @@
 
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -63,11 +62,5 @@ class ThreadScratch {
   Buffer own_;
   void* data_;
 };
-
-// How many tasks of that many multiply-adds a thread should get at least. Waking the other threads costs
-// about as much as a million of them: handing out single small tasks turned a call of 6 us into 76.
-inline int64_t task_grain(int64_t work) {
-  return std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(work, 1));
-}
 
 }  // namespace pyvlm

@@ -1,6 +1,5 @@
-// Copies of tiles in the layouts that tile_gemm takes its operands in. `rows` source rows of `cols`
-// contiguous elements, `ld` apart; what lies beyond them in the destination is zero. scalar_t is the tensors'
-// type, op_t the operands'.
+// Copies of tiles in the layouts that the engines of tile_gemm take their operands in. `rows` source rows of
+// `cols` contiguous elements, `ld` apart; what lies beyond them in the destination is zero.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -9,98 +8,161 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
+
+#include "common/tile_gemm.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 
-// How many consecutive k a B operand keeps together (VNNI order).
-template <typename op_t>
-inline constexpr int64_t kVnni = std::is_same_v<op_t, at::BFloat16> ? 2 : 1;
+// Elements of a block that transpose_block moves in registers; 1 where there is no such thing.
+template <typename T>
+inline constexpr int64_t kTransposed = std::is_same_v<T, float> ? 16 : 1;
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+inline constexpr int64_t kTransposed<at::BFloat16> = 32;
+#endif
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// dst[d * ld_dst + i] = src[i * ld_src + d], by blocks that stay in registers.
-template <typename dst_t, typename src_t>
-void transpose(dst_t* dst, int64_t ld_dst, const src_t* src, int64_t ld_src, int64_t rows, int64_t cols) {
-  constexpr int64_t block = 16;
+// dst[d * ld_dst + i] = src[i * ld_src + d].
+template <typename T>
+void transpose(T* dst, int64_t ld_dst, const T* src, int64_t ld_src, int64_t rows, int64_t cols) {
+  constexpr int64_t step = kTransposed<T>, block = step == 1 ? 16 : step;
   for (int64_t i0 = 0; i0 < rows; i0 += block) {
     for (int64_t d0 = 0; d0 < cols; d0 += block) {
       const int64_t m = std::min(block, rows - i0), n = std::min(block, cols - d0);
-      if constexpr (std::is_same_v<dst_t, src_t>) {
+      if constexpr (step > 1) {
         if (m == block && n == block) {
-          at::vec::transpose_mxn<src_t, block, block>(src + i0 * ld_src + d0, ld_src, dst + d0 * ld_dst + i0,
-                                                      ld_dst);
+          transpose_block(dst + d0 * ld_dst + i0, ld_dst, src + i0 * ld_src + d0, ld_src);
           continue;
         }
       }
       for (int64_t i = i0; i < i0 + m; ++i) {
         for (int64_t d = d0; d < d0 + n; ++d) {
-          dst[d * ld_dst + i] = static_cast<dst_t>(src[i * ld_src + d]);
+          dst[d * ld_dst + i] = src[i * ld_src + d];
         }
       }
     }
   }
 }
 
-// The lower and the upper half of a 32-bit word.
-struct Bf16Pair {
-  at::BFloat16 first, second;
-};
-
-// B operand of [cols, width]: the source transposed. cols must be a multiple of kVnni.
-template <typename op_t, typename scalar_t>
-void pack_b_transposed(op_t* dst, const scalar_t* src, int64_t ld, int64_t rows, int64_t cols,
-                       int64_t width) {
-  constexpr int64_t vnni = kVnni<op_t>;
-  if constexpr (vnni == 1) {
-    transpose(dst, width, src, ld, rows, cols);
-  } else if (ld % vnni == 0) {
-    // A pair of neighbouring channels moves as one word.
-    transpose(reinterpret_cast<float*>(dst), width, reinterpret_cast<const float*>(src), ld / vnni, rows,
-              cols / vnni);
+// Hands the source to `pack` in the engine's type, once a plane: as it lies, or converted in rows of its own.
+template <typename Gemm, typename scalar_t, typename Pack>
+void each_plane(const scalar_t* src, int64_t ld, int64_t rows, int64_t cols, const Pack& pack) {
+  using op_t = typename Gemm::op_t;
+  if constexpr (std::is_same_v<scalar_t, op_t>) {
+    pack(src, ld, 0);
   } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t d = 0; d < cols; ++d) {
-        dst[d / vnni * vnni * width + i * vnni + d % vnni] = src[i * ld + d];
+    static thread_local std::vector<op_t> converted;
+    converted.resize(std::max<size_t>(converted.size(), rows * cols));
+    for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t d = 0; d < cols; ++d) {
+          typename Gemm::acc_t x = src[i * ld + d];
+          for (int64_t larger = 0; larger < plane; ++larger) {
+            x -= static_cast<typename Gemm::acc_t>(static_cast<op_t>(x));
+          }
+          converted[i * cols + d] = static_cast<op_t>(x);
+        }
       }
+      pack(converted.data(), cols, plane);
     }
-  }
-  for (int64_t d = 0; d < cols; d += vnni) {
-    std::fill(dst + d * width + rows * vnni, dst + (d + vnni) * width, op_t(0));
   }
 }
 
-// B operand of [padded_rows, cols]: the source as it stands. padded_rows must be a multiple of kVnni.
-template <typename op_t, typename scalar_t>
-void pack_b(op_t* dst, const scalar_t* src, int64_t ld, int64_t rows, int64_t cols, int64_t padded_rows) {
-  if constexpr (kVnni<op_t> == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      std::copy(src + i * ld, src + i * ld + cols, dst + i * cols);
+// A operand of [padded_rows, padded_cols]: the source as it stands.
+template <typename Gemm, typename scalar_t>
+void pack_a(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t from_ld, int64_t rows,
+            int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+  using op_t = typename Gemm::op_t;
+  each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
+    op_t* dst = to.data + plane * to.plane;
+    for (int64_t i = 0; i < padded_rows; ++i) {
+      const int64_t count = i < rows ? cols : 0;
+      std::copy(src + i * ld, src + i * ld + count, dst + i * to.ld);
+      std::fill(dst + i * to.ld + count, dst + i * to.ld + padded_cols, op_t(0));
     }
-    std::fill(dst + rows * cols, dst + padded_rows * cols, op_t(0));
+  });
+}
+
+// A operand of [padded_cols, padded_rows]: the source transposed.
+template <typename Gemm, typename scalar_t>
+void pack_a_transposed(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t from_ld,
+                       int64_t rows, int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+  using op_t = typename Gemm::op_t;
+  each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
+    op_t* dst = to.data + plane * to.plane;
+    transpose(dst, to.ld, src, ld, rows, cols);
+    for (int64_t d = 0; d < padded_cols; ++d) {
+      std::fill(dst + d * to.ld + (d < cols ? rows : 0), dst + d * to.ld + padded_rows, op_t(0));
+    }
+  });
+}
+
+// B operand of [padded_rows, padded_cols]: the source as it stands.
+template <typename Gemm, typename scalar_t>
+void pack_b(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t from_ld, int64_t rows,
+            int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+  using op_t = typename Gemm::op_t;
+  if constexpr (Gemm::kVnni == 1) {
+    pack_a<Gemm>(to, from, from_ld, rows, cols, padded_rows, padded_cols);
   } else {
-    for (int64_t i = 0; i < padded_rows; i += 2) {
-      auto* out = reinterpret_cast<Bf16Pair*>(dst + i * cols);
-      for (int64_t d = 0; d < cols; ++d) {
-        out[d].first = i < rows ? src[i * ld + d] : op_t(0);
-        out[d].second = i + 1 < rows ? src[(i + 1) * ld + d] : op_t(0);
+    struct Pair {
+      op_t first, second;
+    };
+    each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
+      for (int64_t i = 0; i < padded_rows; i += 2) {
+        auto* out = reinterpret_cast<Pair*>(to.data + plane * to.plane + i * to.ld);
+        const op_t* row = src + i * ld;
+        if (i + 1 < rows) {
+          int64_t d = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+          for (; d + 32 <= cols; d += 32) {
+            interleave(reinterpret_cast<op_t*>(out + d), row + d, row + ld + d);
+          }
+#endif
+          for (; d < cols; ++d) {
+            out[d] = {row[d], row[d + ld]};
+          }
+        } else if (i < rows) {
+          for (int64_t d = 0; d < cols; ++d) {
+            out[d] = {row[d], op_t(0)};
+          }
+        }
+        std::fill(out + (i < rows ? cols : 0), out + padded_cols, Pair{op_t(0), op_t(0)});
       }
-    }
+    });
   }
 }
 
-// A operand of [cols, width]: the source transposed.
-template <typename op_t, typename scalar_t>
-void pack_a_transposed(op_t* dst, const scalar_t* src, int64_t ld, int64_t rows, int64_t cols,
-                       int64_t width) {
-  transpose(dst, width, src, ld, rows, cols);
-  for (int64_t d = 0; d < cols; ++d) {
-    std::fill(dst + d * width + rows, dst + (d + 1) * width, op_t(0));
+// B operand of [padded_cols, padded_rows]: the source transposed.
+template <typename Gemm, typename scalar_t>
+void pack_b_transposed(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t from_ld,
+                       int64_t rows, int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+  using op_t = typename Gemm::op_t;
+  if constexpr (Gemm::kVnni == 1) {
+    pack_a_transposed<Gemm>(to, from, from_ld, rows, cols, padded_rows, padded_cols);
+  } else {
+    each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
+      op_t* dst = to.data + plane * to.plane;
+      const int64_t even_cols = ld % 2 == 0 ? cols / 2 * 2 : 0;  // a pair of channels moves as one word
+      transpose(reinterpret_cast<float*>(dst), to.ld, reinterpret_cast<const float*>(src), ld / 2, rows,
+                even_cols / 2);
+      for (int64_t d = even_cols; d < cols; ++d) {
+        for (int64_t i = 0; i < rows; ++i) {
+          dst[d / 2 * 2 * to.ld + i * 2 + d % 2] = src[i * ld + d];
+        }
+      }
+      for (int64_t d = 0; d < padded_cols; d += 2) {
+        op_t* row = dst + d * to.ld;
+        std::fill(row + 2 * (d < cols ? rows : 0), row + 2 * padded_rows, op_t(0));
+        for (int64_t i = 0; i < rows && d == cols - 1; ++i) {
+          row[2 * i + 1] = op_t(0);  // an odd number of channels
+        }
+      }
+    });
   }
 }
 
-// Sums of a tile, [cols, ld_src], times scale, into rows of a tensor: rows `ld` apart, their elements
+// Sums of a tile, [cols, from_ld], times scale, into rows of a tensor: rows `ld` apart, their elements
 // `stride`.
 template <typename scalar_t, typename acc_t>
 void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* src, int64_t ld_src,
@@ -108,25 +170,27 @@ void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* sr
   constexpr int64_t block = 16;
   alignas(64) acc_t turned[block * block];
   for (int64_t i0 = 0; i0 < rows; i0 += block) {
-    for (int64_t d0 = 0; d0 < cols; d0 += block) {
-      const int64_t m = std::min(block, rows - i0), n = std::min(block, cols - d0);
+    const int64_t m = std::min(block, rows - i0);
+    int64_t d0 = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      for (; m == block && stride == 1 && d0 + 32 <= cols; d0 += 32) {
+        store_transposed_block(dst + i0 * ld + d0, ld, src + d0 * ld_src + i0, ld_src, scale);
+      }
+    }
+#endif
+    for (; d0 < cols; d0 += block) {
+      const int64_t n = std::min(block, cols - d0);
       transpose(turned, block, src + d0 * ld_src + i0, ld_src, n, m);
       for (int64_t i = 0; i < m; ++i) {
         scalar_t* out = dst + (i0 + i) * ld + d0 * stride;
-        for (int64_t d = 0; d < n; ++d) {
+        for (int64_t d = 0; d < n && stride == 1; ++d) {
+          out[d] = static_cast<scalar_t>(turned[i * block + d] * scale);
+        }
+        for (int64_t d = 0; d < n && stride != 1; ++d) {
           out[d * stride] = static_cast<scalar_t>(turned[i * block + d] * scale);
         }
       }
-    }
-  }
-}
-
-// A operand of [rows, cols]: the source as it stands, in op_t.
-template <typename op_t, typename scalar_t>
-void pack_a(op_t* dst, const scalar_t* src, int64_t ld, int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t d = 0; d < cols; ++d) {
-      dst[i * cols + d] = static_cast<op_t>(src[i * ld + d]);
     }
   }
 }

@@ -1,49 +1,149 @@
-// C[M, N] (+)= A[M, K] · B[K, N] on one core, on tiles that fit its caches; all row-major.
-// fp32 and bf16 take oneDNN's microkernel through torch (measured at the core's peak, against 40 % for
-// torch.matmul in fp32 on AMD). bf16 wants B as [K/2][N][2]. fp64 exists for gradient checks, and is a plain
-// loop.
+// C[M, N] (+)= A[M, K] · B[K, N] on one core, on tiles that fit its caches: one struct an engine, which says
+// how its operands lie.
+//
+//   A        row-major, rows `ld` apart
+//   B        row-major where kVnni is 1, else [K/2][N][2] (VNNI order), `ld` counted in columns
+//   C        row-major, in acc_t
+//   kDepth   K, and a tile's M and N, are padded with zeros to a multiple of this
+//   kPlanes  a number is the sum of this many of op_t, each in a matrix of its own, `plane` apart
+//   kBlocks  products come best as blocks of 32 x 32 of C, and each goes on while the vector code runs that
+//   lies
+//            between its begin() and end()
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <type_traits>
+
+#include "common/amx.h"
+#include "common/isa.h"
+#include "common/vec_math.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 
-inline void tile_gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b,
-                      int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/false);
+template <typename op_t>
+struct Operand {
+  op_t* data;
+  int64_t ld;
+  int64_t plane = 0;
+
+  Operand from(int64_t offset) const { return {data + offset, ld, plane}; }
+};
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
 }
 
-inline void tile_gemm(int64_t M, int64_t N, int64_t K, const at::BFloat16* a, int64_t lda,
-                      const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/true);
-}
+// C[M, N] (+)= A[M, K] · B[K, N].
+template <typename Gemm>
+struct Product {
+  int64_t M, N, K;
+  Operand<typename Gemm::op_t> a, b;
+  typename Gemm::acc_t* c;
+  int64_t ldc;
+  bool accumulate;
+};
 
-inline void tile_gemm(int64_t M, int64_t N, int64_t K, const double* a, int64_t lda, const double* b,
-                      int64_t ldb, double* c, int64_t ldc, bool accumulate) {
-  for (int64_t m = 0; m < M; ++m) {
-    double* row = c + m * ldc;
-    if (!accumulate) {
-      std::fill(row, row + N, 0.0);
+// fp64 exists for gradient checks, and is a plain loop.
+struct Fp64Gemm {
+  using op_t = double;
+  using acc_t = double;
+  static constexpr int64_t kVnni = 1, kDepth = 1, kPlanes = 1;
+  struct Session {};
+
+  static void multiply(const Product<Fp64Gemm>& p) {
+    for (int64_t m = 0; m < p.M; ++m) {
+      double* row = p.c + m * p.ldc;
+      if (!p.accumulate) {
+        std::fill(row, row + p.N, 0.0);
+      }
+      for (int64_t k = 0; k < p.K; ++k) {
+        const double scale = p.a.data[m * p.a.ld + k];
+        const double* b_row = p.b.data + k * p.b.ld;
+        for (int64_t n = 0; n < p.N; ++n) {
+          row[n] += scale * b_row[n];
+        }
+      }
     }
-    for (int64_t k = 0; k < K; ++k) {
-      const double scale = a[m * lda + k];
-      const double* b_row = b + k * ldb;
-      for (int64_t n = 0; n < N; ++n) {
-        row[n] += scale * b_row[n];
+  }
+};
+
+// oneDNN's microkernel through torch: measured at the core's peak, against 40 % for torch.matmul in fp32 on
+// AMD.
+template <typename T>
+struct Brgemm {
+  using op_t = T;
+  using acc_t = float;
+  static constexpr int64_t kVnni = std::is_same_v<T, at::BFloat16> ? 2 : 1, kDepth = kVnni, kPlanes = 1;
+
+  // Each thread gives the tile registers back before it does anything else.
+  struct Session {
+    ~Session() { at::native::cpublas::brgemm_release(/*is_vnni=*/kVnni == 2); }
+  };
+
+  static void multiply(const Product<Brgemm>& p) {
+    at::native::cpublas::brgemm(p.M, p.N, p.K, p.a.ld, p.b.ld, p.ldc, p.accumulate, p.a.data, p.b.data, p.c,
+                                kVnni == 2);
+  }
+};
+
+#if PYVLM_HAS_AMX
+
+// planes = 3: fp32 as the sum of three bf16, which hold its 24 bits, and of the nine products the six larger.
+// What is left out is below 2^-24 of a product.
+template <int planes>
+struct AmxGemm {
+  using op_t = at::BFloat16;
+  using acc_t = float;
+  static constexpr int64_t kVnni = 2, kDepth = 32, kPlanes = planes;
+  using Session = AmxTiles;
+
+  static void multiply(const Product<AmxGemm>& p) {
+    const int64_t a = p.a.plane, b = p.b.plane;
+    // The smaller products first: they would be lost beside the larger.
+    const int64_t a_planes[] = {2 * a, a, 0, a, 0, 0}, b_planes[] = {0, b, 2 * b, 0, b, 0};
+    constexpr int kProducts = planes == 3 ? 6 : 1, kFirst = 6 - kProducts;
+    amx_gemm<kProducts>(p.M, p.N, p.K, p.a.data, p.a.ld, a_planes + kFirst, p.b.data, p.b.ld,
+                        b_planes + kFirst, p.c, p.ldc, p.accumulate);
+  }
+};
+
+#endif
+
+// Two rows (k, k + 1) of a B operand from lane n on, one vector each.
+template <typename Gemm>
+inline void store_b_pair(const Operand<typename Gemm::op_t>& b, int64_t k, int64_t n,
+                         Vec<typename Gemm::acc_t> even, Vec<typename Gemm::acc_t> odd) {
+  typename Gemm::op_t* at = b.data + k * b.ld + n * Gemm::kVnni;
+  if constexpr (Gemm::kVnni == 1) {
+    even.store(at);
+    odd.store(at + b.ld);
+  } else {
+    store_pair(at, even, odd);
+    if constexpr (Gemm::kPlanes > 1) {
+      for (int64_t plane = 1; plane < Gemm::kPlanes; ++plane) {
+        even = bf16_remainder(even);
+        odd = bf16_remainder(odd);
+        store_pair(at + plane * b.plane, even, odd);
       }
     }
   }
 }
 
-// Each thread that multiplied bf16 tiles gives the tile registers back before it does anything else.
-template <typename op_t>
-inline void tile_gemm_release() {
-  at::native::cpublas::brgemm_release(/*is_vnni=*/std::is_same_v<op_t, at::BFloat16>);
+// Two vectors of row m of an A operand from column k on.
+template <typename Gemm>
+inline void store_a_row(const Operand<typename Gemm::op_t>& a, int64_t m, int64_t k,
+                        Vec<typename Gemm::acc_t> x0, Vec<typename Gemm::acc_t> x1) {
+  typename Gemm::op_t* at = a.data + m * a.ld + k;
+  store_row(at, x0, x1);
+  if constexpr (Gemm::kPlanes > 1) {
+    for (int64_t plane = 1; plane < Gemm::kPlanes; ++plane) {
+      x0 = bf16_remainder(x0);
+      x1 = bf16_remainder(x1);
+      store_row(at + plane * a.plane, x0, x1);
+    }
+  }
 }
 
 }  // namespace pyvlm::CPU_CAPABILITY

@@ -4,10 +4,12 @@ Shapes: B batch, H query heads, G key/value heads, I queries, J keys, D head dim
 (1 or 2), S streams (R where the softmaxes are separate, else 1).
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.layout import AttentionSpans
@@ -25,6 +27,7 @@ def span_attention(
     spans: AttentionSpans,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -36,6 +39,7 @@ def span_attention(
     spans: AttentionSpans,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     *,
     return_lse: Literal[True],
     backend: str = "auto",
@@ -47,6 +51,7 @@ def span_attention(
     spans: AttentionSpans,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -65,6 +70,9 @@ def span_attention(
         spans: who sees whom, from `TokenLayout.spans` or built by hand.
         scale: multiplies the scores; `D ** -0.5` where None.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118); off where None.
+        sinks: `[H]`, floating: one more score in every softmax of that head, with no value, so that the
+            weights of a row need not add up to 1 (gpt-oss, arXiv 2508.10925; transformers passes it as `s_aux`); it is
+            neither scaled nor capped. A query that sees nothing gets 0 and the sink as its lse. None: no sinks.
         return_lse: also return the natural log of each softmax's denominator, with a gradient.
         backend: "auto", "reference", "native" or "triton".
 
@@ -77,22 +85,40 @@ def span_attention(
         ValueError: shapes, devices or the spans do not fit together, or a number is out of range.
         RuntimeError: the named backend is not available.
     """
-    _check_arguments(q, k, v, spans, scale, softcap)
+    _check_arguments(q, k, v, spans, scale, softcap, sinks)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as torch's own ops do
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if resolve("span_attention", backend, q.device) == "reference":
-        out, lse = reference.span_attention(q, k, v, spans, scale, softcap)
+    implementation = resolve("span_attention", backend, q.device)
+    if implementation == "reference":
+        out, lse = reference.span_attention(q, k, v, spans, scale, softcap, sinks)
     else:
-        out, _, lse = torch.ops.pyvlm.span_attention(
-            q, k, v, spans.bounds, spans.key_class, spans.range_classes, spans.separate, scale, softcap or 0.0
+        interpreted = implementation == "triton" and q.device.type == "cpu"
+        op = _InterpretedTriton.apply if interpreted else torch.ops.pyvlm.span_attention
+        out, _, lse = op(
+            q,
+            k,
+            v,
+            spans.bounds,
+            spans.key_class,
+            spans.range_classes,
+            spans.separate,
+            scale,
+            softcap or 0.0,
+            sinks,
         )
     return (out, lse) if return_lse else out
 
 
 def _check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scale: float | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     if not isinstance(spans, AttentionSpans):
         raise TypeError(
@@ -147,6 +173,14 @@ def _check_arguments(
         raise ValueError(f"scale={scale}; expected a finite number, or None for head_dim ** -0.5")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap={softcap}; expected a positive number, or None for no cap")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+            given = str(sinks.dtype) if isinstance(sinks, Tensor) else type(sinks).__name__
+            raise TypeError(f"sinks is {given}; expected a floating tensor, one value a query head")
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks is {list(sinks.shape)}; expected [{heads}], one value a query head")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks lies on {sinks.device} and q on {q.device}; move it with .to()")
 
 
 def _fake(
@@ -159,6 +193,7 @@ def _fake(
     separate: bool,
     scale: float,
     softcap: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = len(range_classes) if separate else 1
     batch, heads, queries, _ = q.shape
@@ -169,26 +204,34 @@ def _fake(
 
 def _fake_backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = args[6]
+    grad_sinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_sinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bounds, key_class, ctx.range_classes, ctx.separate, ctx.scale, ctx.softcap = inputs
+    q, k, v, bounds, key_class, ctx.range_classes, ctx.separate, ctx.scale, ctx.softcap, sinks = inputs
     # The first stream's own output is for the backward alone: it and the sum give each stream's dO·o_r.
     out, stream_out, lse = output
     ctx.mark_non_differentiable(stream_out)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bounds, key_class, out, stream_out, lse)
+    ctx.save_for_backward(q, k, v, bounds, key_class, sinks, out, stream_out, lse)
 
 
 def _backward(
     ctx: Any, grad_out: Tensor | None, _: None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    return _gradients(torch.ops.pyvlm.span_attention_backward, ctx, grad_out, grad_lse)
+
+
+def _gradients(
+    op: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
-    q, k, v, bounds, key_class, out, stream_out, lse = ctx.saved_tensors
-    grads = torch.ops.pyvlm.span_attention_backward(
+        return (None,) * 10
+    q, k, v, bounds, key_class, sinks, out, stream_out, lse = ctx.saved_tensors
+    *grads, grad_sinks = op(
         grad_out,
         grad_lse,
         q,
@@ -200,11 +243,12 @@ def _backward(
         ctx.separate,
         ctx.scale,
         ctx.softcap,
+        sinks,
         out,
         stream_out,
         lse,
     )
-    return (*grads, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None if sinks is None else grad_sinks)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -213,7 +257,35 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from pyvlm.triton_kernels import attention  # not before it is needed: Triton takes a second to import
+
+    return attention.span_attention(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from pyvlm.triton_kernels import attention
+
+    return attention.span_attention_backward(*args)
+
+
+class _InterpretedTriton(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
+
+    forward = staticmethod(_triton)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_out: Tensor | None, _: None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return _gradients(_triton_backward, ctx, grad_out, grad_lse)
+
+
 if _native.C is not None:  # it defines the schemas
+    torch.library.impl("pyvlm::span_attention", "CUDA", _triton)
+    torch.library.impl("pyvlm::span_attention_backward", "CUDA", _triton_backward)
     torch.library.register_fake("pyvlm::span_attention", _fake)
     torch.library.register_fake("pyvlm::span_attention_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::span_attention", _backward, setup_context=_setup_context)

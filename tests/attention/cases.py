@@ -49,6 +49,7 @@ class AttentionCase:
     num_queries: int | None = None  # None: all from query_start on
     scale: float | None = None
     softcap: float | None = None
+    sinks: bool = False  # one more score in every softmax of a head, as `sink_scores` gives
     one_softmax: bool = False  # the rule's ranges under one softmax: the joint twin of a separate rule
     large: bool = False  # timed at this size; tests take `reduced()`
 
@@ -90,6 +91,15 @@ class AttentionCase:
             for shape in (query_shape, key_shape, key_shape, query_shape)
         )
         return q_BHTD, k_BHTD, v_BHTD, cotangent_BHTD
+
+    def sink_scores(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    ) -> torch.Tensor | None:
+        """One number a query head, [Hq]: the same on every device; None where the case has no sinks."""
+        if not self.sinks:
+            return None
+        generator = torch.Generator().manual_seed(seed + 1)
+        return torch.randn(self.heads, generator=generator).to(device=device, dtype=dtype)
 
     def reduced(self, divisor: int = 16, heads: int = 2) -> "AttentionCase":
         """The same case with runs `divisor` times shorter (576 image tokens become 36) and fewer heads."""
@@ -146,6 +156,28 @@ SMALL_CASES = (
     AttentionCase("softcap", "scores bent by tanh", "bidirectional_image", PADDED, scale=2.0, softcap=3.0),
     AttentionCase(
         "softcap-mmca", "softcap under two softmaxes", "mmca_image", PACKED, scale=2.0, softcap=3.0
+    ),
+    AttentionCase(
+        "sinks",
+        "rows of weights that do not add up to 1; padding rows see the sink alone",
+        "causal",
+        PADDED,
+        sinks=True,
+    ),
+    AttentionCase(
+        "sinks-mmca", "the sink is in both softmaxes, and alone in empty ones", "mmca", PADDED, sinks=True
+    ),
+    AttentionCase(
+        "sinks-all-options",
+        "the sink is neither scaled nor capped; joint ranges, a window, grouped heads",
+        "all_images",
+        PACKED,
+        heads=6,
+        kv_heads=2,
+        window=4,
+        scale=2.0,
+        softcap=3.0,
+        sinks=True,
     ),
     AttentionCase("decode", "one query, the cache as keys", "mmca", PADDED[:1], query_start=-1),
     AttentionCase(

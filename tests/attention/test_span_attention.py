@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention.cases import SMALL_CASES, AttentionCase
-from attention.plain import expected_and_plain, results
+from attention.checks import assert_results_close
 from attention.random_inputs import random_qkv, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,27 +16,12 @@ from pyvlm.ops.attention import span_attention
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def assert_results_close(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, **options: float | None
-) -> None:
-    """out, lse, dq, dk, dv within the policy, for random cotangents of out and lse."""
-    out_grad = torch.randn(q.shape).to(q.dtype)
-    lse_grad = torch.randn(*q.shape[:2], len(spans.range_classes) if spans.separate else 1, q.shape[2])
-    expected, plain = expected_and_plain(q, k, v, spans, out_grad, lse_grad, **options)
-    options |= {"return_lse": True, "backend": backend}
-    actual = results(span_attention, q, k, v, spans, out_grad, lse_grad, **options)
-    for name, value in actual.items():
-        dtype = torch.promote_types(q.dtype, torch.float32) if name == "lse" else q.dtype
-        assert value.dtype == dtype, name
-        # The gradient of a score is P·(dP − δ), a difference of sums of products of unit normals.
-        assert_close(value, expected[name], plain[name], name, terms=1.0 if name in ("dq", "dk") else 0.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 def test_shared_cases(case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
     q, k, v, _ = case.inputs(dtype)
-    assert_results_close(backend, q, k, v, case.spans(), scale=case.scale, softcap=case.softcap)
+    sinks = case.sink_scores(dtype)
+    assert_results_close(backend, q, k, v, case.spans(), case.scale, case.softcap, sinks)
 
 
 @settings(max_examples=60)
@@ -51,6 +36,7 @@ def test_shared_cases(case: AttentionCase, dtype: torch.dtype, backend: str) -> 
     separate=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     softcap=st.sampled_from([None, None, 2.0]),
+    sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_random_spans(
@@ -64,12 +50,14 @@ def test_random_spans(
     separate: bool,
     dtype: torch.dtype,
     softcap: float | None,
+    sinks: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     q, k, v = random_qkv(batch, kv_heads * group, kv_heads, queries, keys, head_dim, dtype)
     spans = random_spans(batch, queries, keys, ranges, separate)
-    assert_results_close("native", q, k, v, spans, softcap=softcap)
+    scores = torch.randn(kv_heads * group).to(dtype) if sinks else None
+    assert_results_close("native", q, k, v, spans, softcap=softcap, sinks=scores)
 
 
 @pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])

@@ -71,6 +71,11 @@ def test_the_unchanged_call_is_good(backend: str) -> None:
         (ValueError, r"softcap=0; expected a positive number", {"softcap": 0}),
         (ValueError, r"softcap=-2\.0", {"softcap": -2.0}),
         (ValueError, r"softcap=nan", {"softcap": float("nan")}),
+        (TypeError, r"sinks is float; expected a floating tensor", {"sinks": 0.5}),
+        (TypeError, r"sinks is torch\.int64; expected a floating tensor", {"sinks": torch.ones(4).long()}),
+        (ValueError, r"sinks is \[2\]; expected \[4\], one value a query head", {"sinks": torch.ones(2)}),
+        (ValueError, r"sinks is \[1, 4\]; expected \[4\]", {"sinks": torch.ones(1, 4)}),
+        (ValueError, r"sinks lies on meta and q on cpu", {"sinks": torch.ones(4, device="meta")}),
     ],
 )
 def test_bad_calls(error: type[Exception], message: str, changed: dict[str, Any], backend: str) -> None:

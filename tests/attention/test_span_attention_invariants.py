@@ -1,11 +1,15 @@
 """What holds bit for bit: any strides, any number of threads; and no row depends on what it does not see."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from attention.cases import AttentionCase
 from attention.random_inputs import permuted, random_qkv, random_spans
+from attention.random_layouts import Token, layout_of, rows, windows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerance import assert_conforms
 from torch import Tensor
 
@@ -133,16 +137,43 @@ def test_a_key_hears_nothing_from_queries_that_do_not_see_it(rule: str, backend:
             assert torch.equal(other[:, :, j], grad[:, :, j]), (name, j)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_chunks_and_decoding_give_the_rows_of_one_pass(rule: str, backend: str) -> None:
-    case = AttentionCase("any", "", rule, ("t5 i9 t4 i6 t7", "p6 I4 T11 i1 t9"), window=7)
-    q, k, v, _ = case.inputs(torch.float32)
-    layout = case.layout()
-    whole = span_attention(q, k, v, layout.spans(rule, 7), backend=backend)
-    for sizes in ([9, 11, 11], [1] * layout.length):  # a chunk that cuts an image in two; one token at a time
-        start, rows = 0, []
-        for size in sizes:
-            spans = layout.spans(rule, 7, query_start=start, num_queries=size)
-            rows.append(span_attention(q[:, :, start : start + size], k, v, spans, backend=backend))
-            start += size
-        assert_conforms(torch.cat(rows, 2), whole)
+@settings(max_examples=60)
+@given(
+    rows=rows(),
+    rule=st.sampled_from(RULES),
+    window=windows,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_chunks_and_decoding_give_the_rows_of_one_pass(
+    rows: list[list[Token]],
+    rule: str,
+    window: int | None,
+    dtype: torch.dtype,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """Any cuts, through images too, and one token at a time."""
+    torch.manual_seed(seed)
+    layout = layout_of(rows)
+    length = layout.length
+    one_by_one = st.just(list(range(length)))
+    cuts = data.draw(st.one_of(one_by_one, st.lists(st.integers(0, length), max_size=4)), "cuts")
+    q, k, v = random_qkv(len(rows), 4, 2, length, length, 8, dtype)
+    whole_spans = layout.spans(rule, window)
+    whole = span_attention(q, k, v, whole_spans, backend="native")
+    assert_conforms(whole, span_attention(q, k, v, whole_spans, backend="reference"))
+
+    chunks = []
+    for start, stop in pairwise([0, *sorted(cuts), length]):
+        spans = layout.spans(rule, window, query_start=start, num_queries=stop - start)
+        chunk = span_attention(q[:, :, start:stop], k, v, spans, backend="native")
+        chunks.append(chunk)
+        if (spans.bounds <= stop).all():
+            # None of these queries sees a later key, so that the tokens up to here will do, as in a cache.
+            so_far = layout_of([row[:stop] for row in rows]).spans(rule, window, query_start=start)
+            keys, values = k[:, :, :stop], v[:, :, :stop]
+            from_cache = span_attention(q[:, :, start:stop], keys, values, so_far, backend="native")
+            assert_conforms(from_cache, chunk)
+    assert_conforms(torch.cat(chunks, 2), whole)

@@ -22,22 +22,27 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("ranges", "separate", "dtype"),
+    ("ranges", "separate", "dtype", "sinks_dtype"),
     [
-        (1, False, torch.float32),
-        (2, False, torch.bfloat16),
-        (2, True, torch.float32),
-        (2, True, torch.float64),
+        (1, False, torch.float32, None),
+        (2, False, torch.bfloat16, None),
+        (2, True, torch.float32, None),
+        (2, True, torch.float64, None),
+        (1, False, torch.bfloat16, torch.bfloat16),
+        (2, True, torch.float32, torch.float32),
+        (2, True, torch.bfloat16, torch.float32),  # gradients of two dtypes
     ],
     ids=str,
 )
-def test_opcheck(ranges: int, separate: bool, dtype: torch.dtype) -> None:
+def test_opcheck(ranges: int, separate: bool, dtype: torch.dtype, sinks_dtype: torch.dtype | None) -> None:
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 4, 2, 5, 7, 8, dtype))
     spans = random_spans(2, 5, 7, ranges, separate)
+    sinks = None if sinks_dtype is None else torch.randn(4, dtype=sinks_dtype, requires_grad=True)
     mask = (spans.bounds, spans.key_class, list(spans.range_classes), separate, 0.3, 0.0)
-    torch.library.opcheck(torch.ops.pyvlm.span_attention.default, (q, k, v, *mask))
+    torch.library.opcheck(torch.ops.pyvlm.span_attention.default, (q, k, v, *mask, sinks))
 
-    q, k, v = (x.detach() for x in (q, k, v))
+    q, k, v, sinks = (None if x is None else x.detach() for x in (q, k, v, sinks))
+    mask = (*mask, sinks)
     out, stream_out, lse = torch.ops.pyvlm.span_attention(q, k, v, *mask)
     for cotangents in ((out, lse), (None, lse)):
         torch.library.opcheck(
@@ -51,14 +56,15 @@ def test_opcheck_of_strides(permutation: tuple[int, ...]) -> None:
     # The fake kernel must promise the strides that the real one gives.
     q, k, v = (permuted(x, permutation).requires_grad_() for x in random_qkv(2, 4, 2, 5, 7, 8))
     spans = random_spans(2, 5, 7)
-    mask = (spans.bounds, spans.key_class, list(spans.range_classes), True, 0.3, 2.0)
+    mask = (spans.bounds, spans.key_class, list(spans.range_classes), True, 0.3, 2.0, None)
     torch.library.opcheck(torch.ops.pyvlm.span_attention.default, (q, k, v, *mask))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("rule", ["mmca", "bidirectional_image"])
-def test_compiles_in_one_graph(rule: str, backend: str) -> None:
-    assert_compiles(rule, backend, compiler="aot_eager")
+def test_compiles_in_one_graph(rule: str, sinks: bool, backend: str) -> None:
+    assert_compiles(rule, backend, compiler="aot_eager", sinks=sinks)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -68,14 +74,15 @@ def test_compiles_with_inductor() -> None:
     )  # the reference would be a minute of C++ compilation
 
 
-def assert_compiles(rule: str, backend: str, compiler: str) -> None:
-    case = AttentionCase("padded", "", rule, PADDED)
+def assert_compiles(rule: str, backend: str, compiler: str, sinks: bool = False) -> None:
+    case = AttentionCase("padded", "", rule, PADDED, sinks=sinks)
     spans = case.spans()
     q, k, v, out_grad = case.inputs(torch.float32)
+    inputs = (q, k, v, case.sink_scores(torch.float32)) if sinks else (q, k, v)
 
     def out_and_grads(attention: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        out = attention(*leaves, spans)
+        q, k, v, *sinks = leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(q, k, v, spans, *sinks)
         return (out.detach(), *torch.autograd.grad(out, leaves, out_grad))
 
     compiled = torch.compile(out_of(backend), fullgraph=True, backend=compiler)
@@ -83,8 +90,11 @@ def assert_compiles(rule: str, backend: str, compiler: str) -> None:
         assert_conforms(actual, expected)
 
 
-def out_of(backend: str) -> Callable[[Tensor, Tensor, Tensor, AttentionSpans], Tensor]:
-    return lambda q, k, v, spans: span_attention(q, k, v, spans, backend=backend)
+def out_of(backend: str) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, sinks: Tensor | None = None) -> Tensor:
+        return span_attention(q, k, v, spans, sinks=sinks, backend=backend)
+
+    return attend
 
 
 @pytest.mark.usefixtures("fresh_compiler")
