@@ -4,9 +4,13 @@ Shapes: B batch, Q queries, K keys, R ranges a query (1 or 2).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PADDING, TEXT, IMAGE = 0, 1, 2  # the classes of key that have a meaning of their own; others up to 7 are free
 MAX_CLASS = 7
@@ -84,6 +88,38 @@ class AttentionSpans:
         mask = torch.tensor(self.range_classes, device=device)[:, None]
         sees_class = (mask >> self.key_class.long()[:, None, :]) & 1 == 1  # [B, R, K]
         return (lo <= key) & (key < hi) & sees_class[:, :, None, :]
+
+    def plot(
+        self,
+        row: int = 0,
+        ax: "Axes | None" = None,
+        tile: int | None = None,
+        query_start: int | None = None,
+        legend: bool = True,
+    ) -> "Axes":
+        """Draws the mask of one row of the batch: queries down, keys across, a colour for each range.
+
+        Above the mask are the classes of the keys and, where their place among the keys is known, on its left
+        those of the queries. A long row is drawn in cells of several tokens, paler where less is seen.
+
+        Args:
+            row: of the batch.
+            ax: matplotlib axes to draw into; None: those of a new figure, which pyplot knows nothing of.
+            tile: also marks which tiles of tile × tile pairs are empty, partial or full; at most 64 a side.
+            query_start: the position of the first query among the keys; None: 0 where there are as many
+                queries as keys, else unknown.
+            legend: says what the colours mean.
+
+        Returns:
+            The axes; `spans.plot().figure.savefig("mask.png")` saves the picture.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: an argument does not fit the spans, or there are no queries or no keys.
+        """
+        from pyvlm.plotting import plot_spans
+
+        return plot_spans(self, row, ax, tile, query_start, legend)
 
     def to(self, device: torch.device | str) -> "AttentionSpans":
         """The same spans on another device."""

@@ -1,6 +1,6 @@
 """Modules made of `pyvlm.ops`: parameters and wiring, no kernel logic."""
 
-from pyvlm.nn.attention import SpanAttention
+from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion, MergeLevels, PatchesToToken
 from pyvlm.nn.moe import MoE, MoEStats
@@ -9,6 +9,7 @@ from pyvlm.nn.partial_lora import PartialLoRALinear
 __all__ = [
     "EncoderFeatures",
     "FeatureFusion",
+    "KeyValueCache",
     "LocalCrossAttention",
     "MergeLevels",
     "MoE",
@@ -17,4 +18,5 @@ __all__ = [
     "PatchesToToken",
     "Resampler",
     "SpanAttention",
+    "rotary_tables",
 ]

@@ -73,7 +73,10 @@ class SpanAttention(nn.Module):
         num_kv_heads: key-value heads, a divisor of `num_heads` (GQA, arXiv 2305.13245); None: `num_heads`.
         head_dim: channels a head; None: hidden_size / num_heads.
         bias: whether both projections have one.
+        scale: multiplies the scores; None: head_dim ** -0.5.
         softcap: bound on the scores, softcap·tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+        sinks: each query head learns one more score in its softmax, which has no value and starts at 0
+            (gpt-oss, arXiv 2508.10925).
         backend: of `pyvlm.ops.span_attention`.
     """
 
@@ -85,7 +88,9 @@ class SpanAttention(nn.Module):
         head_dim: int | None = None,
         *,
         bias: bool = False,
+        scale: float | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -94,8 +99,10 @@ class SpanAttention(nn.Module):
         self.head_dim = head_dim or hidden_size // num_heads
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}")
+        self.scale = scale
         self.softcap = softcap
         self.backend = backend
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(hidden_size, all_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=bias)
@@ -127,5 +134,7 @@ class SpanAttention(nn.Module):
         q_BHLD, k_BGKD, v_BGKD = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k_BGKD, v_BGKD = cache.append(k_BGKD, v_BGKD)
-        out_BHLD = span_attention(q_BHLD, k_BGKD, v_BGKD, spans, softcap=self.softcap, backend=self.backend)
+        out_BHLD = span_attention(
+            q_BHLD, k_BGKD, v_BGKD, spans, self.scale, self.softcap, self.sinks, backend=self.backend
+        )
         return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
