@@ -97,7 +97,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_cpu(
   if (streams == 2) {
     args.stream_out = strided(stream_out);
   }
-  PYVLM_DISPATCH_ISA(span_attention_forward, args);
+  // Rows that share their keys; for more of them packing keys and values for matrix products pays.
+  constexpr int64_t kMaxDecodeRows = 16;
+  if (problem.H / problem.G * problem.I <= kMaxDecodeRows) {
+    PYVLM_DISPATCH_ISA(span_attention_decode, args);
+  } else {
+    PYVLM_DISPATCH_ISA(span_attention_forward, args);
+  }
   return {out, stream_out, lse};
 }
 

@@ -71,6 +71,7 @@ struct SpanBackward {
 };
 
 PYVLM_DECLARE_FOR_EACH_ISA(void span_attention_forward(const SpanForward&);
+                           void span_attention_decode(const SpanForward&);
                            void span_attention_backward(const SpanBackward&))
 
 }  // namespace pyvlm

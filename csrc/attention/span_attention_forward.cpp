@@ -262,16 +262,11 @@ class Forward {
       for (int s = 0; s < streams; ++s) {
         acc_t* o_t = x.o_t[s] + c0 * depth_;
         for (int64_t c = 0; c < kBlock; ++c) {
-          const acc_t sum = x.sum[s][c0 + c];
-          x.shrink[c] = sum > 0 ? 1 / sum : acc_t(0);
-          acc_t log_sum = static_cast<acc_t>(x.base[s][c0 + c] / Power::kUnit) + std::log(sum);
-          if (p_.sinks != nullptr && std::isfinite(p_.sinks[h])) {  // one more term of the sum
-            const auto sink = static_cast<acc_t>(p_.sinks[h]), seen = log_sum, top = std::max(seen, sink);
-            log_sum = top + std::log(std::exp(seen - top) + std::exp(sink - top));
-            x.shrink[c] *= std::exp(seen - log_sum);
-          }
+          const auto softmax =
+              end_softmax(p_, h, static_cast<acc_t>(x.base[s][c0 + c] / Power::kUnit), x.sum[s][c0 + c]);
+          x.shrink[c] = softmax.share;
           if (c < count) {
-            lse[s * p_.I + c0 + c] = log_sum;  // −inf where nothing was seen
+            lse[s * p_.I + c0 + c] = softmax.lse;
           }
         }
         if (started[s][c0 / kBlock]) {

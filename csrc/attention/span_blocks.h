@@ -208,6 +208,25 @@ struct Scores {
   }
 };
 
+// The end of a softmax whose powers over `base` add up to `sum`: its lse, and what each power over `base` is
+// to be multiplied by. A sink is one more term of the sum.
+template <typename acc_t>
+struct Softmax {
+  acc_t lse, share;
+};
+
+template <typename acc_t>
+Softmax<acc_t> end_softmax(const SpanProblem& p, int64_t h, acc_t base, acc_t sum) {
+  const acc_t seen = base + std::log(sum);  // −inf + −inf where nothing was seen
+  const acc_t share = sum > 0 ? 1 / sum : acc_t(0);
+  if (p.sinks == nullptr || !std::isfinite(p.sinks[h])) {
+    return {seen, share};
+  }
+  const auto sink = static_cast<acc_t>(p.sinks[h]), top = std::max(seen, sink);
+  const acc_t lse = top + std::log(std::exp(seen - top) + std::exp(sink - top));
+  return {lse, share * std::exp(seen - lse)};
+}
+
 // Calls f(scalar, engine) with the tensors' type and the GEMM engine that this machine has for it.
 template <typename F>
 void with_engine(at::ScalarType dtype, const F& f) {
@@ -215,8 +234,18 @@ void with_engine(at::ScalarType dtype, const F& f) {
     case at::kDouble:
       return f(double(), Fp64Gemm());
     case at::kFloat:
+#if PYVLM_HAS_AMX
+      if (has_amx()) {
+        return f(float(), AmxGemm<3>());
+      }
+#endif
       return f(float(), Brgemm<float>());
     case at::kHalf:
+#if PYVLM_HAS_AMX
+      if (has_amx()) {
+        return f(at::Half(), AmxGemm<2>());
+      }
+#endif
       return f(at::Half(), Brgemm<float>());
     default:
 #if PYVLM_HAS_AMX

@@ -44,6 +44,27 @@ void transpose(T* dst, int64_t ld_dst, const T* src, int64_t ld_src, int64_t row
   }
 }
 
+// One plane of a row.
+template <int64_t planes, typename op_t, typename scalar_t>
+void convert_row(op_t* dst, const scalar_t* src, int64_t cols, int64_t plane) {
+  if constexpr (planes > 1) {
+    using V = Vec<scalar_t>;
+    for (int64_t d = 0; d < cols; d += 2 * V::size()) {
+      const int64_t left = cols - d;
+      V x0 = left >= V::size() ? V::loadu(src + d) : V::loadu(src + d, left);
+      V x1 = left >= 2 * V::size() ? V::loadu(src + d + V::size())
+                                   : V::loadu(src + d + V::size(), std::max<int64_t>(left - V::size(), 0));
+      for (int64_t larger = 0; larger < plane; ++larger) {
+        x0 = bf16_remainder(x0);
+        x1 = bf16_remainder(x1);
+      }
+      store_row(dst + d, x0, x1);
+    }
+  } else {
+    at::vec::convert(src, dst, cols);
+  }
+}
+
 // Hands the source to `pack` in the engine's type, once a plane: as it lies, or converted in rows of its own.
 template <typename Gemm, typename scalar_t, typename Pack>
 void each_plane(const scalar_t* src, int64_t ld, int64_t rows, int64_t cols, const Pack& pack) {
@@ -52,18 +73,20 @@ void each_plane(const scalar_t* src, int64_t ld, int64_t rows, int64_t cols, con
     pack(src, ld, 0);
   } else {
     static thread_local std::vector<op_t> converted;
-    converted.resize(std::max<size_t>(converted.size(), rows * cols));
+    const int64_t width = round_up(cols, 32);
+    converted.resize(std::max<size_t>(converted.size(), rows * width));
     for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t d = 0; d < cols; ++d) {
-          typename Gemm::acc_t x = src[i * ld + d];
-          for (int64_t larger = 0; larger < plane; ++larger) {
-            x -= static_cast<typename Gemm::acc_t>(static_cast<op_t>(x));
-          }
-          converted[i * cols + d] = static_cast<op_t>(x);
+        if constexpr (Gemm::kPlanes > 1 && !std::is_same_v<scalar_t, float>) {
+          static thread_local std::vector<float> widened;
+          widened.resize(cols);
+          at::vec::convert(src + i * ld, widened.data(), cols);
+          convert_row<Gemm::kPlanes>(converted.data() + i * width, widened.data(), cols, plane);
+        } else {
+          convert_row<Gemm::kPlanes>(converted.data() + i * width, src + i * ld, cols, plane);
         }
       }
-      pack(converted.data(), cols, plane);
+      pack(converted.data(), width, plane);
     }
   }
 }

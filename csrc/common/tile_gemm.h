@@ -90,8 +90,10 @@ struct Brgemm {
 
 #if PYVLM_HAS_AMX
 
-// planes = 3: fp32 as the sum of three bf16, which hold its 24 bits, and of the nine products the six larger.
-// What is left out is below 2^-24 of a product.
+// planes = 2: fp16 as the sum of two bf16, which hold its 11 bits; planes = 3: fp32 as that of three, which
+// hold its
+// 24. Of nine products the
+// three smallest are left out: less than 2^-24 of the whole.
 template <int planes>
 struct AmxGemm {
   using op_t = at::BFloat16;
@@ -100,12 +102,8 @@ struct AmxGemm {
   using Session = AmxTiles;
 
   static void multiply(const Product<AmxGemm>& p) {
-    const int64_t a = p.a.plane, b = p.b.plane;
-    // The smaller products first: they would be lost beside the larger.
-    const int64_t a_planes[] = {2 * a, a, 0, a, 0, 0}, b_planes[] = {0, b, 2 * b, 0, b, 0};
-    constexpr int kProducts = planes == 3 ? 6 : 1, kFirst = 6 - kProducts;
-    amx_gemm<kProducts>(p.M, p.N, p.K, p.a.data, p.a.ld, a_planes + kFirst, p.b.data, p.b.ld,
-                        b_planes + kFirst, p.c, p.ldc, p.accumulate);
+    amx_gemm<planes>(p.M, p.N, p.K, p.a.data, p.a.ld, p.a.plane, p.b.data, p.b.ld, p.b.plane, p.c, p.ldc,
+                     p.accumulate);
   }
 };
 

@@ -2,10 +2,13 @@
 // bf16 operands.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
 
 namespace pyvlm::CPU_CAPABILITY {
 
@@ -214,5 +217,43 @@ inline void transpose_block(float* dst, int64_t ld_dst, const float* src, int64_
 }
 
 #endif
+
+// out[j] = the sum over the lanes of vector j, for 16 vectors one behind the other.
+inline void sum_lanes(float* out, const float* vectors) {
+#if defined(CPU_CAPABILITY_AVX512)
+  alignas(64) float turned[256];
+  transpose_block(turned, 16, vectors, 16);
+  Vec<float> sums[4];
+  for (int i = 0; i < 4; ++i) {
+    sums[i] = (Vec<float>::loadu(turned + 64 * i) + Vec<float>::loadu(turned + 64 * i + 16)) +
+              (Vec<float>::loadu(turned + 64 * i + 32) + Vec<float>::loadu(turned + 64 * i + 48));
+  }
+  ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(out);
+#else
+  for (int j = 0; j < 16; ++j) {
+    out[j] = at::vec::vec_reduce_all<float>([](Vec<float> x, Vec<float> y) { return x + y; },
+                                            Vec<float>::loadu(vectors + j * Vec<float>::size()));
+  }
+#endif
+}
+
+inline void sum_lanes(double* out, const double* vectors) {
+  for (int j = 0; j < 16; ++j) {
+    out[j] = at::vec::vec_reduce_all<double>([](Vec<double> x, Vec<double> y) { return x + y; },
+                                             Vec<double>::loadu(vectors + j * Vec<double>::size()));
+  }
+}
+
+// Two vectors of consecutive elements, as they lie or in fp32.
+template <typename T>
+inline void load_two(const T* from, Vec<T>& x0, Vec<T>& x1) {
+  x0 = Vec<T>::loadu(from);
+  x1 = Vec<T>::loadu(from + Vec<T>::size());
+}
+template <typename T>
+  requires(!std::is_same_v<T, float>)
+inline void load_two(const T* from, Vec<float>& x0, Vec<float>& x1) {
+  std::tie(x0, x1) = at::vec::convert_to_float<T>(Vec<T>::loadu(from));
+}
 
 }  // namespace pyvlm::CPU_CAPABILITY
