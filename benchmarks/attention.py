@@ -37,6 +37,7 @@ class Mask:
     spans: AttentionSpans
     scale: float | None
     softcap: float | None
+    sinks: Tensor | None
 
 
 def visible_pairs(spans: AttentionSpans) -> int:
@@ -77,7 +78,7 @@ def workload(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> W
         cotangent=cotangent_BHQD,
         costs=costs,
         terms=(0.0, 1.0, 1.0, 0.0),  # dq and dk sum P·(dP − δ), a difference of products of unit normals
-        payload=Mask(spans, case.scale, case.softcap),
+        payload=Mask(spans, case.scale, case.softcap, case.sink_scores(dtype, device)),
         cold=decode,
     )
 
@@ -98,23 +99,25 @@ def _in_blocks(attention: Callable[..., tuple[Tensor, Tensor]], work: Workload) 
     """
     mask = work.payload
 
-    def block(q: Tensor, k: Tensor, v: Tensor, row: int, queries: slice) -> Tensor:
+    def block(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, row: int, queries: slice) -> Tensor:
         bounds = mask.spans.bounds[row : row + 1, queries]
         keys = slice(int(bounds.max()))  # none of these queries sees a later key
         spans = replace(mask.spans, bounds=bounds, key_class=mask.spans.key_class[row : row + 1, keys])
-        return attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], spans, mask.scale, mask.softcap)[0]
+        qkv = (q[:, :, queries], k[:, :, keys], v[:, :, keys])
+        return attention(*qkv, spans, mask.scale, mask.softcap, sinks)[0]
 
-    def head(q: Tensor, k: Tensor, v: Tensor, row: int) -> Tensor:
+    def head(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, row: int) -> Tensor:
         starts = range(0, q.shape[2], _QUERY_BLOCK)
         blocks = (slice(start, start + _QUERY_BLOCK) for start in starts)
-        return torch.cat([checkpoint(block, q, k, v, row, b, use_reentrant=False) for b in blocks], 2)
+        return torch.cat([checkpoint(block, q, k, v, sinks, row, b, use_reentrant=False) for b in blocks], 2)
 
     def run(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
         group = q_BHQD.shape[1] // k_BGKD.shape[1]
+        sinks = [None] * k_BGKD.shape[1] if mask.sinks is None else mask.sinks.to(q_BHQD).split(group)
         rows = []
         for row, (q, k, v) in enumerate(zip(q_BHQD.split(1), k_BGKD.split(1), v_BGKD.split(1), strict=True)):
-            heads = zip(q.split(group, 1), k.split(1, 1), v.split(1, 1), strict=True)
-            rows.append(torch.cat([head(*qkv, row) for qkv in heads], 1))
+            heads = zip(q.split(group, 1), k.split(1, 1), v.split(1, 1), sinks, strict=True)
+            rows.append(torch.cat([head(*of_head, row) for of_head in heads], 1))
         return torch.cat(rows)
 
     return run
@@ -124,7 +127,8 @@ def _pyvlm(work: Workload) -> Function:
     mask = work.payload
     # The kernel is named: "auto" might fall back, and the time of a fallback would stand in the kernel's row.
     backend = "native" if work.device.type == "cpu" else "triton"
-    return lambda q, k, v: span_attention(q, k, v, mask.spans, mask.scale, mask.softcap, backend=backend)
+    options = (mask.spans, mask.scale, mask.softcap, mask.sinks)
+    return lambda q, k, v: span_attention(q, k, v, *options, backend=backend)
 
 
 def _sdpa(work: Workload) -> Function:
@@ -132,6 +136,8 @@ def _sdpa(work: Workload) -> Function:
     mask = work.payload
     if mask.softcap is not None:
         raise Unavailable("SDPA has no softcap")
+    if mask.sinks is not None:
+        raise Unavailable("SDPA has no sinks")
     dense_BRQK = mask.spans.dense() if mask.spans.separate else mask.spans.dense().any(1, keepdim=True)
     streams = [stream.unsqueeze(1).contiguous() for stream in dense_BRQK.unbind(1)]
 
@@ -151,6 +157,8 @@ def _flex(work: Workload) -> Function:
     spans = mask.spans
     if mask.softcap is not None:
         raise Unavailable("the softcap would be a score_mod; not written here")
+    if mask.sinks is not None:
+        raise Unavailable("the sinks would be another scaling of the output; not written here")
     lo_RBQ, hi_RBQ = (bound.movedim(2, 0).contiguous() for bound in spans.bounds.unbind(-1))
 
     def mask_mod(r: int) -> Callable[..., Tensor]:

@@ -19,12 +19,14 @@ class Limit:
 def limits(device: torch.device, dtype: torch.dtype, quick: bool = False) -> tuple[Limit, Limit]:
     """`torch.mm` of square matrices of `dtype`, and a copy between two buffers that no cache holds.
 
+    The matrices are random, as the inputs of the ops are: with zeros a Xeon with AMX is 15 % faster.
+
     A copy of n bytes counts 2n: n read and n written.
     """
     size, buffer_bytes = (4096, 2**30) if device.type == "cuda" else (2048, 2**28)
     if quick:
         size, buffer_bytes = 256, 2**20
-    a, b, c = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
+    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     source = torch.ones(buffer_bytes // 4, device=device)
     target = torch.zeros_like(source)
     return (

@@ -8,7 +8,7 @@ from benchmarks.harness.limits import COPY, GEMM
 
 SCHEMA = 1
 _HEADINGS = ("provider", "median ms", "quartiles ms", "GFLOP/s", "of limit", "time/pyvlm", "peak MB")
-_WIDTHS = (10, 11, 19, 10, 9, 11, 9)
+_WIDTHS = (10, 12, 23, 10, 9, 13, 9)
 
 
 def document(

@@ -17,7 +17,7 @@ class Forward {
         blocks_(p_),
         scores_(p_),
         width_(even_tile(p_.I, kTileQueries)),
-        height_(even_tile(p_.J, kTileKeys)),
+        height_(even_tile(p_.J, p_.D <= 64 ? kTileKeys : kLongTileKeys)),
         query_tiles_((p_.I + width_ - 1) / width_),
         key_tiles_((p_.J + height_ - 1) / height_),
         depth_(round_up(p_.D, Gemm::kDepth)) {}
