@@ -15,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
         facts["compiler"] = PYVLM_COMPILER;
         facts["isa"] = pyvlm::isa_name(pyvlm::active_isa());
         facts["bf16_dot"] = pyvlm::has_bf16_dot();
+        facts["amx"] = pyvlm::has_amx();
 #ifdef _OPENMP
         facts["openmp"] = _OPENMP;
 #else

@@ -6,7 +6,6 @@
 // 3,100.
 #pragma once
 
-#include <ATen/cpu/Utils.h>
 #include <c10/util/BFloat16.h>
 
 #include <cstdint>
@@ -21,12 +20,6 @@
 namespace pyvlm::CPU_CAPABILITY {
 
 #if PYVLM_HAS_AMX
-
-// True where the processor has AMX and the system lets this process use it.
-inline bool has_amx() {
-  static const bool yes = __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
-  return yes;
-}
 
 // Eight tile registers of 16 rows of 64 bytes, for the calling thread, as long as this lives.
 class AmxTiles {

@@ -1,6 +1,9 @@
 #include "common/isa.h"
 
 #include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
+
+#include <cstdlib>
 
 namespace pyvlm {
 
@@ -30,6 +33,16 @@ std::string isa_name(Isa isa) {
 bool has_bf16_dot() {
 #if defined(__x86_64__)
   return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+  static const bool yes = active_isa() == Isa::avx512 && std::getenv("ATEN_CPU_CAPABILITY") == nullptr &&
+                          __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
+  return yes;
 #else
   return false;
 #endif

@@ -51,4 +51,8 @@ std::string isa_name(Isa isa);
 // fp32.
 bool has_bf16_dot();
 
+// True where Intel's matrix unit is there and the system lets this process use it. Forcing a capability, be
+// it avx512 itself, leaves it aside.
+bool has_amx();
+
 }  // namespace pyvlm

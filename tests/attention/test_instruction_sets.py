@@ -16,8 +16,9 @@ CHILD = """
 import sys
 import pytest
 import pyvlm
-isa = pyvlm.build_info()["native"]["isa"]
-assert isa == sys.argv[1], f"the kernels run with {isa}"
+facts = pyvlm.build_info()["native"]
+assert facts["isa"] == sys.argv[1], f"the kernels run with {facts}"
+assert not facts["amx"], "a forced instruction set leaves the matrix unit aside"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/attention/test_span_attention.py",
                       "-k", "native or random_spans"]))
 """
@@ -27,10 +28,11 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/attention/test_span
     platform.machine() not in ("x86_64", "AMD64"),
     reason="the extension has other instruction sets on x86 only",
 )
-@pytest.mark.parametrize(("forced", "isa"), [("avx2", "avx2"), ("default", "baseline")])
+@pytest.mark.parametrize(("forced", "isa"), [("avx512", "avx512"), ("avx2", "avx2"), ("default", "baseline")])
 def test_the_op_is_right_with_every_instruction_set(forced: str, isa: str) -> None:
-    if forced == "avx2" and not torch.cpu._is_avx2_supported():
-        pytest.skip("this CPU has no AVX2")
+    supported = {"avx512": torch.cpu._is_avx512_supported, "avx2": torch.cpu._is_avx2_supported}
+    if forced in supported and not supported[forced]():
+        pytest.skip(f"this CPU has no {forced}")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": forced, "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, isa], cwd=ROOT, env=environment, capture_output=True, text=True
