@@ -1,5 +1,8 @@
 """Which implementations each op has, and on which devices: the one table behind every `backend=` argument."""
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 from pyvlm import _native
@@ -8,9 +11,10 @@ BACKENDS = ("auto", "reference", "native", "triton")
 
 # op -> backend -> device types it runs on. "reference" is plain PyTorch and runs everywhere.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "span_attention": {"native": ("cpu",)},
+    "span_attention": {"native": ("cpu",), "triton": ("cuda",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
+_TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
 def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
@@ -20,11 +24,29 @@ def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
     devices = _IMPLEMENTATIONS.get(op, {}).get(backend)
     if devices is None:
         return f"{op} has no {backend} implementation in this version"
+    if backend == "triton" and not _TRITON_IS_INSTALLED:
+        return "triton is not installed: pip install triton"
+    if backend == "triton" and device.type == "cpu":
+        if interprets_triton():
+            return None
+        return (
+            "the Triton kernels run on CUDA tensors; on CPU only in Triton's interpreter: "
+            "set TRITON_INTERPRET=1"
+        )
     if device.type not in devices:
         return f"the {backend} implementation of {op} runs on {' and '.join(devices)} tensors only"
-    if backend == "native" and _native.load_error is not None:
+    if _native.load_error is not None:  # it declares the op, whatever implements it
         return f"the native extension could not be loaded ({_native.load_error})"
     return None
+
+
+def interprets_triton() -> bool:
+    """Whether the Triton kernels run in Triton's interpreter, which was settled at their first import."""
+    if not _TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return False
+    from pyvlm.triton_kernels.attention_tiles import INTERPRETED
+
+    return bool(INTERPRETED.value)
 
 
 def resolve(op: str, backend: str, device: torch.device) -> str:
@@ -37,7 +59,12 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        return next(b for b in ("native", "triton", "reference") if why_unavailable(op, b, device) is None)
+        devices = {"reference": (device.type,), **_IMPLEMENTATIONS.get(op, {})}
+        return next(  # not the interpreter: it is there for tests
+            name
+            for name in ("native", "triton", "reference")
+            if device.type in devices.get(name, ()) and why_unavailable(op, name, device) is None
+        )
     reason = why_unavailable(op, backend, device)
     if reason is not None:
         raise RuntimeError(

@@ -71,8 +71,9 @@ def span_attention(
         scale: multiplies the scores; `D ** -0.5` where None.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118); off where None.
         sinks: `[H]`, floating: one more score in every softmax of that head, with no value, so that the
-            weights of a row need not add up to 1 (gpt-oss, arXiv 2508.10925; transformers passes it as `s_aux`); it is
-            neither scaled nor capped. A query that sees nothing gets 0 and the sink as its lse. None: no sinks.
+            weights of a row need not add up to 1 (gpt-oss, arXiv 2508.10925; `s_aux` in transformers). It is
+            neither scaled nor capped. A query that sees nothing gets 0 and the sink as its lse. None: no
+            sinks.
         return_lse: also return the natural log of each softmax's denominator, with a gradient.
         backend: "auto", "reference", "native" or "triton".
 

@@ -1,0 +1,414 @@
+"""Span attention on NVIDIA GPUs: prepares tensors, chooses tiles and launches the Triton kernels.
+
+Shapes: B batch, H query heads, G key/value heads, I queries, J keys, D head dimension, R ranges a query (1 or
+2), S streams (softmaxes: R where separate, else 1).
+
+Everything about the spans is data: lengths, ranges, bitmasks of classes and strides are run-time arguments,
+and new ones compile nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from pyvlm.triton_kernels.attention_backward import grad_kv_kernel, grad_q_kernel, row_statistics
+from pyvlm.triton_kernels.attention_decode import combine_kernel, decode_kernel
+from pyvlm.triton_kernels.attention_forward import forward_kernel
+from pyvlm.triton_kernels.attention_tiles import summarise_keys, summarise_queries
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile of scores, and how many warps work on it with how many loads in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which tiles each kernel takes.
+
+    Attributes:
+        forward, grad_q, grad_kv: their tiles.
+        grad_kv_both: grad_kv's where two ranges share a softmax, if others: that takes more registers.
+        decode_keys: keys of a tile of the decode kernel.
+        decode_rows: up to so many rows (streams · heads of a group · queries) are decoded with split keys.
+        splits: at most so many; a power of two.
+        descriptors: load by tensor descriptors, which the hardware knows from compute capability 9.0 on.
+        chunk: tiles whose visibility is looked at together; a power of two, at most 64.
+    """
+
+    forward: Tiles
+    grad_q: Tiles
+    grad_kv: Tiles
+    grad_kv_both: Tiles | None = None
+    decode_keys: int = 64
+    decode_rows: int = 64
+    splits: int = 64
+    descriptors: bool = False
+    chunk: int = 64
+
+
+# Chosen so that ahead-of-time compilation spills no registers up to a head dimension of 128, and of 64 in
+# float32, where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes); not yet
+# measured on a GPU. By GPU, then by the largest padded head dimension: forward, grad_q, grad_kv.
+_BLACKWELL = {
+    64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
+    128: Config(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), descriptors=True),
+    256: Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), descriptors=True),
+}
+_HOPPER = {
+    64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
+    128: Config(
+        Tiles(128, 64, 8, 2),
+        Tiles(128, 64, 8, 2),
+        Tiles(32, 128, 8, 2),
+        grad_kv_both=Tiles(32, 128, 8, 1),
+        descriptors=True,
+    ),
+    256: Config(Tiles(64, 32, 8, 1), Tiles(128, 32, 8, 1), Tiles(32, 32, 8, 1), descriptors=True),
+}
+_OTHER = {
+    64: Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 1)),
+    128: Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
+    256: Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+}
+_FLOAT32 = {
+    64: Config(Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), decode_keys=32),
+    128: Config(Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16),
+    256: Config(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16),
+}
+_INTERPRETER = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), descriptors=True)
+
+
+def default_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
+    """The tiles for a head dimension, a dtype and a compute capability (None: Triton's interpreter)."""
+    if capability is None:
+        return _INTERPRETER
+    table = {9: _HOPPER, 10: _BLACKWELL, 11: _BLACKWELL}.get(capability[0], _OTHER)
+    if dtype == torch.float32:
+        table = _FLOAT32
+    return next(config for dims, config in table.items() if _padded(head_dim) <= dims)
+
+
+def span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_class: Tensor,
+    range_classes: Sequence[int],
+    separate: bool,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `pyvlm::span_attention`, of arguments that `pyvlm.ops.span_attention` has checked.
+
+    Args:
+        q: `[B, H, I, D]`, fp32, bf16 or fp16, D up to 256.
+        k: `[B, G, J, D]`.
+        v: `[B, G, J, D]`.
+        bounds: int32 `[B, I, R, 2]`. Not read by the host; ranges are clamped to the keys.
+        key_class: uint8 `[B, J]`.
+        range_classes: R bitmasks.
+        separate: one softmax a range.
+        scale: multiplies the scores.
+        softcap: 0 for none.
+        sinks: `[H]`, floating, or None.
+        config: tiles other than the default ones, for tests and measurements.
+
+    Returns:
+        out `[B, H, I, D]`; the first of two streams' share of it, else an empty tensor; and lse fp32
+        `[B, H, S, I]`.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have (float64).
+        ValueError: a head dimension above 256.
+    """
+    p = _Problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, config)
+    out = torch.empty_like(q)
+    stream_out = torch.empty_like(q) if p.streams == 2 else q.new_empty(0)
+    lse = q.new_empty((p.batch, p.heads, p.streams, p.queries), dtype=torch.float32)
+    out_rows = _rows_to_write(out)
+    stream_rows = _rows_to_write(stream_out) if p.streams == 2 else None
+    others = {"stream_out": stream_rows, "lse": lse, "sinks": None if sinks is None else sinks.contiguous()}
+    if out.numel() == 0:
+        return out, stream_out, lse
+    with torch.cuda.device_of(q):
+        if p.streams * p.group * p.queries <= p.config.decode_rows:
+            _decode(p, out_rows, others)
+        else:
+            tiles = p.config.forward
+            arguments = p.arguments(tiles, {"q": p.q, "out": out_rows}, {"k": p.k, "v": p.v}, tiles.keys)
+            arguments |= others | {"tile_classes": _tile_classes(p, tiles)}
+            launch(forward_kernel, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
+    _copy_back((out, out_rows), (stream_out, stream_rows))
+    return out, stream_out, lse
+
+
+def _decode(p: "_Problem", out: Tensor, others: dict[str, Any]) -> None:
+    """Splits the keys over programs, enough for two a multiprocessor, and puts the parts together."""
+    rows = p.streams * p.group * p.queries
+    tiles = Tiles(max(16, triton.next_power_of_2(rows)), p.config.decode_keys, 4, 3)
+    key_tiles = max(1, triton.cdiv(p.keys, tiles.keys))
+    wanted = triton.cdiv(2 * _multiprocessors(out.device), max(1, p.batch * p.key_heads))
+    split_tiles = triton.cdiv(key_tiles, min(wanted, p.config.splits))
+    splits = triton.cdiv(key_tiles, split_tiles)
+    parts = (p.batch, p.key_heads, splits, rows)
+    others = others | {
+        "part_acc": out.new_empty((*parts, p.head_dim), dtype=torch.float32),
+        "part_max": out.new_empty(parts, dtype=torch.float32),
+        "part_sum": out.new_empty(parts, dtype=torch.float32),
+        "splits": splits,
+        "split_tiles": split_tiles,
+        "STREAMS": p.streams,
+        "BLOCK_X": p.config.splits,
+    }
+    arguments = p.arguments(tiles, {"q": p.q, "k": p.k, "v": p.v}) | others
+    launch(decode_kernel, (p.batch * p.key_heads * splits,), tiles, arguments)
+    arguments = p.arguments(tiles, {"out": out}) | others
+    launch(combine_kernel, (p.batch * p.heads * p.queries,), tiles, arguments)
+
+
+def span_attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    key_class: Tensor,
+    range_classes: Sequence[int],
+    separate: bool,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    stream_out: Tensor,
+    lse: Tensor,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `pyvlm::span_attention_backward`: gradients of `span_attention` for cotangents of out and lse.
+
+    The further arguments are those of the forward, and its results. Bitwise deterministic.
+
+    Returns:
+        grad_q, grad_k, grad_v, shaped and laid out like q, k and v; grad_sinks `[H]`, empty without sinks.
+    """
+    p = _Problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, config)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_q, grad_k, grad_v = (_rows_to_write(grad) for grad in grads)
+    lse = lse.contiguous()
+    delta, lse_2 = torch.empty_like(lse), torch.empty_like(lse)
+    grad_out = torch.zeros_like(q) if grad_out is None else grad_out.to(q.dtype)
+    grad_out, out = _rows(grad_out), _rows(out)
+    stream_out = _rows(stream_out) if p.streams == 2 else None
+    if stream_out is not None and stream_out.stride() != out.stride():
+        out, stream_out = out.contiguous(), stream_out.contiguous()
+    others: dict[str, Any] = {"delta": delta, "lse_2": lse_2, "stream_out": stream_out, "lse": lse}
+    others["grad_lse"] = None if grad_lse is None else grad_lse.float().contiguous()
+    with torch.cuda.device_of(q):
+        tiles = Tiles(32, 16, 4, 1)
+        arguments = p.arguments(tiles, {"out": out, "grad_out": grad_out}) | others
+        launch(row_statistics, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
+
+        tiles = p.config.grad_q
+        plain = {"q": p.q, "grad_out": grad_out, "grad_q": grad_q}
+        arguments = p.arguments(tiles, plain, {"k": p.k, "v": p.v}, tiles.keys) | others
+        arguments["tile_classes"] = _tile_classes(p, tiles)
+        launch(grad_q_kernel, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
+
+        both = p.ranges == 2 and not p.separate
+        tiles = (both and p.config.grad_kv_both) or p.config.grad_kv
+        plain = {"k": p.k, "v": p.v, "grad_k": grad_k, "grad_v": grad_v}
+        arguments = p.arguments(tiles, plain, {"q": p.q, "grad_out": grad_out}, tiles.queries) | others
+        arguments["tile_classes"] = _tile_classes(p, tiles)
+        arguments["tile_extremes"] = _tile_extremes(p, tiles)
+        launch(grad_kv_kernel, (p.batch * p.key_heads * arguments["key_tiles"],), tiles, arguments)
+    _copy_back(*zip(grads, (grad_q, grad_k, grad_v), strict=True))
+    if sinks is None:
+        return *grads, q.new_empty(0)
+    # d lse / d sink = exp(sink − lse), and delta holds −dlse.
+    share = torch.exp(sinks.float()[:, None, None] - lse)
+    return *grads, -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, arguments: dict[str, Any]) -> None:
+    """Runs a kernel on those of the arguments that it has."""
+    if 0 not in grid:
+        arguments = {name: arguments[name] for name in kernel.arg_names}
+        # Triton will stop to fuse multiplications and additions unless it is told to.
+        kernel[grid](**arguments, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
+
+
+class _Problem:
+    """The inputs that forward and backward share, and what kernels are told about them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: Tensor,
+        key_class: Tensor,
+        range_classes: Sequence[int],
+        separate: bool,
+        scale: float,
+        softcap: float,
+        config: Config | None,
+    ) -> None:
+        if q.dtype not in DTYPES:
+            raise TypeError(
+                f"the Triton kernels of span_attention take {', '.join(map(str, DTYPES))}; q, k, v are "
+                f'{q.dtype}: use backend="reference"'
+            )
+        self.batch, self.heads, self.queries, self.head_dim = q.shape
+        self.key_heads, self.keys = k.shape[1:3]
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"the Triton kernels of span_attention take a head_dim up to {MAX_HEAD_DIM}; q has "
+                f'{self.head_dim}: use backend="reference"'
+            )
+        self.group = self.heads // self.key_heads
+        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
+        self.bounds, self.key_class = bounds.contiguous(), key_class.contiguous()
+        self.masks = (*range_classes, 0)[:2]
+        self.ranges, self.separate = len(range_classes), separate
+        self.streams = self.ranges if separate else 1
+        self.scale, self.softcap = scale, softcap
+        self.config = config or default_config(self.head_dim, q.dtype, _capability(q.device))
+
+    def arguments(
+        self, tiles: Tiles, plain: dict[str, Tensor], streamed: dict[str, Tensor] | None = None, rows: int = 0
+    ) -> dict[str, Any]:
+        """Everything that is known of the problem under the names that kernels have for it.
+
+        Args:
+            tiles: the kernel's.
+            plain: `[B, heads, tokens, D]` tensors that the kernel reads or writes by pointers.
+            streamed: the same that it reads in its inner loop, by descriptors where there are any.
+            rows: the rows of a tile of the streamed tensors.
+        """
+        streamed = streamed or {}
+        tensors = plain | streamed
+        padded = _padded(self.head_dim)
+        strides = {name: _strides(x) for name, x in tensors.items()}
+        align = 16 // self.q.element_size()
+        if any(stride % align for of_tensor in strides.values() for stride in of_tensor):
+            align = 1
+        # The hardware's descriptors want 16-byte strides and addresses, and no empty or expanded dimension.
+        descriptors = (
+            self.config.descriptors
+            and align > 1
+            and all(
+                x.data_ptr() % 16 == 0 and min(*x.shape, *strides[name]) > 0 for name, x in streamed.items()
+            )
+        )
+        arguments: dict[str, Any] = dict(tensors)
+        if descriptors:
+            for name, x in streamed.items():
+                block = [1, 1, rows, padded]
+                arguments[name] = TensorDescriptor(x, list(x.shape), [*strides[name], 1], block)
+        for name, of_tensor in strides.items():
+            for axis, stride in zip(("batch", "head", "row"), of_tensor, strict=True):
+                arguments[f"{name}_{axis}"] = stride // align
+        return arguments | {
+            "bounds": self.bounds,
+            "key_class": self.key_class,
+            "heads": self.heads,
+            "group": self.group,
+            "queries": self.queries,
+            "keys": self.keys,
+            "query_tiles": triton.cdiv(self.queries, tiles.queries),
+            "key_tiles": triton.cdiv(self.keys, tiles.keys),
+            "mask_0": self.masks[0],
+            "mask_1": self.masks[1],
+            "factor": self.scale / self.softcap if self.softcap else self.scale * LOG2E,
+            "cap": self.softcap * LOG2E,
+            "scale": self.scale,
+            "D": self.head_dim,
+            "BLOCK_D": padded,
+            "RANGES": self.ranges,
+            "SEPARATE": self.separate,
+            "SOFTCAP": self.softcap > 0,
+            "PRECISION": "tf32x3",  # of float32 alone: three products of 19-bit parts lose next to nothing
+            "ALIGN": align,
+            "DESCRIPTORS": descriptors,
+            "BLOCK_M": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "CHUNK": self.config.chunk,
+        }
+
+
+def _tile_classes(p: _Problem, tiles: Tiles) -> Tensor:
+    """int32 [B, key tiles]: which classes the keys of a tile have."""
+    arguments = p.arguments(tiles, {})
+    arguments["tile_classes"] = p.bounds.new_empty((p.batch, arguments["key_tiles"]))
+    grid = (p.batch, triton.cdiv(arguments["key_tiles"], p.config.chunk))
+    launch(summarise_keys, grid, Tiles(1, 1, 4, 1), arguments)
+    return arguments["tile_classes"]
+
+
+def _tile_extremes(p: _Problem, tiles: Tiles) -> Tensor:
+    """int32 [B, R, 4, query tiles]: least and greatest bounds of the ranges of a tile."""
+    arguments = p.arguments(tiles, {})
+    arguments["tile_extremes"] = p.bounds.new_empty((p.batch, p.ranges, 4, arguments["query_tiles"]))
+    grid = (p.batch, triton.cdiv(arguments["query_tiles"], p.config.chunk))
+    launch(summarise_queries, grid, Tiles(1, 1, 4, 1), arguments)
+    return arguments["tile_extremes"]
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with rows that are contiguous, which the kernels rely on; its other strides stay as they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _rows_to_write(x: Tensor) -> Tensor:
+    """x, or where its rows are not contiguous something to write in its stead (see `_copy_back`)."""
+    return (
+        x
+        if x.stride(-1) == 1 or x.shape[-1] == 1
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
+
+
+def _copy_back(*pairs: tuple[Tensor, Tensor | None]) -> None:
+    for x, written in pairs:
+        if written is not None and written is not x:
+            x.copy_(written)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and row. Where there is only one of them, any number will do."""
+    longest = max(
+        (size * stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1), default=16
+    )
+    return tuple(
+        stride if size > 1 else longest for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
