@@ -177,6 +177,8 @@ class Backward {
         key_tile(x, cover, b, first / kBlock, groups, t, started);
       }
     }
+    alignas(64) acc_t scale[kBlock];
+    std::fill(scale, scale + kBlock, static_cast<acc_t>(p_.scale));
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t i = first + group * kBlock;
       acc_t* dq_t = x.dq_t + group * kBlock * depth_;
@@ -184,7 +186,7 @@ class Backward {
         std::fill(dq_t, dq_t + kBlock * depth_, acc_t(0));
       }
       store_transposed(a_.grad_q.template at<scalar_t>(b, h, i), a_.grad_q.token, a_.grad_q.dim, dq_t, kBlock,
-                       std::min(kBlock, p_.I - i), p_.D, static_cast<acc_t>(p_.scale));
+                       std::min(kBlock, p_.I - i), p_.D, scale);
     }
   }
 

@@ -50,7 +50,7 @@ class Decode {
   using V = Vec<acc_t>;
   using Power = Scores<acc_t, Precision::full>;
   static constexpr acc_t kLowest = -std::numeric_limits<acc_t>::infinity();
-  static constexpr int64_t kChunk = 256;  // keys of a task
+  static constexpr int64_t kChunk = 512;  // keys of a task
 
   struct Scratch {
     acc_t* q;         // [rows, D]

@@ -82,7 +82,7 @@ class Forward {
       q_t = {arena.take<op_t>(planes * f.width_ * f.depth_), kBlock, f.width_ * f.depth_};
       scores = arena.take<acc_t>(tile);
       p_t = {arena.take<op_t>(planes * tile), kBlock, tile};
-      shrink = arena.take<acc_t>(kBlock);
+      shrink = arena.take<acc_t>(kMaxRanges * kBlock);
       for (int s = 0; s < f.p_.streams(); ++s) {
         o_t[s] = arena.take<acc_t>(f.depth_ * f.width_);
         base[s] = arena.take<acc_t>(f.width_);
@@ -258,37 +258,47 @@ class Forward {
     const int streams = p_.streams();
     acc_t* lse = static_cast<acc_t*>(a_.lse) + (b * p_.H + h) * streams * p_.I + first;
     for (int64_t c0 = 0; c0 < queries; c0 += kBlock) {
-      const int64_t count = std::min(kBlock, queries - c0);
+      const int64_t count = std::min(kBlock, queries - c0), i = first + c0;
+      acc_t *sums[kMaxRanges] = {}, *shares[kMaxRanges] = {x.shrink, x.shrink + kBlock};
       for (int s = 0; s < streams; ++s) {
-        acc_t* o_t = x.o_t[s] + c0 * depth_;
-        for (int64_t c = 0; c < kBlock; ++c) {
-          const auto softmax =
-              end_softmax(p_, h, static_cast<acc_t>(x.base[s][c0 + c] / Power::kUnit), x.sum[s][c0 + c]);
-          x.shrink[c] = softmax.share;
-          if (c < count) {
-            lse[s * p_.I + c0 + c] = softmax.lse;
-          }
-        }
-        if (started[s][c0 / kBlock]) {
-          scale_columns(o_t, x.shrink);
-        } else {
-          std::fill(o_t, o_t + kBlock * depth_, acc_t(0));
-        }
+        alignas(64) acc_t of_lane[kBlock];
+        end_softmaxes(p_, h, acc_t(1 / Power::kUnit), x.base[s] + c0, x.sum[s] + c0, of_lane, shares[s]);
+        std::copy(of_lane, of_lane + count, lse + s * p_.I + c0);
+        sums[s] = started[s][c0 / kBlock] ? x.o_t[s] + c0 * depth_ : nullptr;
       }
-      acc_t* o_t = x.o_t[0] + c0 * depth_;
       if (streams == 2) {
-        store(a_.stream_out, o_t, b, h, first + c0, count);
-        for (int64_t i = 0; i < p_.D * kBlock; ++i) {
-          o_t[i] += x.o_t[1][c0 * depth_ + i];
+        store(a_.stream_out, sums[0], shares[0], b, h, i, count);
+      }
+      if (sums[0] == nullptr || sums[1] == nullptr) {
+        const int only = sums[0] == nullptr ? 1 : 0;
+        store(a_.out, sums[only], shares[only], b, h, i, count);
+        continue;
+      }
+      for (int64_t d = 0; d < p_.D; ++d) {
+        for (int64_t c = 0; c < kBlock; ++c) {
+          acc_t& sum = sums[0][d * kBlock + c];
+          sum = sum * shares[0][c] + sums[1][d * kBlock + c] * shares[1][c];
         }
       }
-      store(a_.out, o_t, b, h, first + c0, count);
+      std::fill(shares[0], shares[0] + kBlock, acc_t(1));
+      store(a_.out, sums[0], shares[0], b, h, i, count);
     }
   }
 
-  void store(const Strided& out, const acc_t* o_t, int64_t b, int64_t h, int64_t first, int64_t count) const {
-    store_transposed(out.template at<scalar_t>(b, h, first), out.token, out.dim, o_t, kBlock, count, p_.D,
-                     acc_t(1));
+  // Sums [depth, 32], each query's times its scale, as rows of a tensor; zeros where there are none.
+  void store(const Strided& out, const acc_t* sums, const acc_t* scale, int64_t b, int64_t h, int64_t first,
+             int64_t count) const {
+    if (sums != nullptr) {
+      store_transposed(out.template at<scalar_t>(b, h, first), out.token, out.dim, sums, kBlock, count, p_.D,
+                       scale);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      scalar_t* row = out.template at<scalar_t>(b, h, first + i);
+      for (int64_t d = 0; d < p_.D; ++d) {
+        row[d * out.dim] = scalar_t(0);
+      }
+    }
   }
 
   const SpanForward& a_;

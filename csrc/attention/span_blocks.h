@@ -229,6 +229,24 @@ Softmax<acc_t> end_softmax(const SpanProblem& p, int64_t h, acc_t base, acc_t su
   return {lse, share * std::exp(seen - lse)};
 }
 
+// The same of kBlock softmaxes; lse and base differ by the factor `unit`.
+template <typename acc_t>
+void end_softmaxes(const SpanProblem& p, int64_t h, acc_t unit, const acc_t* base, const acc_t* sum,
+                   acc_t* lse, acc_t* share) {
+  using V = Vec<acc_t>;
+  const V zero(acc_t(0)), one(acc_t(1));
+  for (int64_t c = 0; c < kBlock; c += V::size()) {
+    const V of_lane = V::loadu(sum + c);
+    (V::loadu(base + c) * V(unit) + of_lane.log()).store(lse + c);
+    V::blendv(zero, one / of_lane, of_lane > zero).store(share + c);
+  }
+  for (int64_t c = 0; c < kBlock && p.sinks != nullptr; ++c) {
+    const Softmax<acc_t> with_sink = end_softmax(p, h, base[c] * unit, sum[c]);
+    lse[c] = with_sink.lse;
+    share[c] = with_sink.share;
+  }
+}
+
 // Calls f(scalar, engine) with the tensors' type and the GEMM engine that this machine has for it.
 template <typename F>
 void with_engine(at::ScalarType dtype, const F& f) {

@@ -189,7 +189,7 @@ void pack_b_transposed(const Operand<typename Gemm::op_t>& to, const scalar_t* f
 // `stride`.
 template <typename scalar_t, typename acc_t>
 void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* src, int64_t ld_src,
-                      int64_t rows, int64_t cols, acc_t scale) {
+                      int64_t rows, int64_t cols, const acc_t* scale) {
   constexpr int64_t block = 16;
   alignas(64) acc_t turned[block * block];
   for (int64_t i0 = 0; i0 < rows; i0 += block) {
@@ -198,7 +198,7 @@ void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* sr
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
       for (; m == block && stride == 1 && d0 + 32 <= cols; d0 += 32) {
-        store_transposed_block(dst + i0 * ld + d0, ld, src + d0 * ld_src + i0, ld_src, scale);
+        store_transposed_block(dst + i0 * ld + d0, ld, src + d0 * ld_src + i0, ld_src, scale + i0);
       }
     }
 #endif
@@ -208,10 +208,10 @@ void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* sr
       for (int64_t i = 0; i < m; ++i) {
         scalar_t* out = dst + (i0 + i) * ld + d0 * stride;
         for (int64_t d = 0; d < n && stride == 1; ++d) {
-          out[d] = static_cast<scalar_t>(turned[i * block + d] * scale);
+          out[d] = static_cast<scalar_t>(turned[i * block + d] * scale[i0 + i]);
         }
         for (int64_t d = 0; d < n && stride != 1; ++d) {
-          out[d * stride] = static_cast<scalar_t>(turned[i * block + d] * scale);
+          out[d * stride] = static_cast<scalar_t>(turned[i * block + d] * scale[i0 + i]);
         }
       }
     }

@@ -163,11 +163,11 @@ inline void transpose_block(float* dst, int64_t ld_dst, const float* src, int64_
   }
 }
 
-// Of 32 sums [32 channels, 16 rows], `ld_src` apart, rows of 32 bf16 channels.
+// Of 32 sums [32 channels, 16 rows], `ld_src` apart, rows of 32 bf16 channels, each times its scale.
 inline void store_transposed_block(at::BFloat16* dst, int64_t ld_dst, const float* src, int64_t ld_src,
-                                   float scale) {
+                                   const float* scale) {
   constexpr __mmask32 kUpperHalves = 0xaaaaaaaa;
-  const Vec<float> by(scale);
+  const Vec<float> by = Vec<float>::loadu(scale);
   __m512i r[16];
   for (int i = 0; i < 16; ++i) {
     const Vec<float> even = Vec<float>::loadu(src + 2 * i * ld_src) * by;
