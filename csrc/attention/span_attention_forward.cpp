@@ -202,10 +202,13 @@ class Forward {
       const V slack(acc_t(8)), old = V::loadu(base + v * V::size());
       const V highest = at::vec::clamp_min(top[0][v], top[1][v]) * factor;
       const V next = V::blendv(old, highest, highest > old + slack);
-      moved |= (next == old).zero_mask() != 0;
+      const V stays = next == old;
+      moved |= stays.zero_mask() != 0;
       used[v] = V::blendv(next, zero, next == lowest);  // −inf − (−inf) must not be made
-      const V shrink =
+      // Exactly 1 where the base stays: that another query's moves must not show.
+      const V left =
           exp2<Precision::full>((old - used[v]) * V(static_cast<acc_t>(Power::kLog2e / Power::kUnit)));
+      const V shrink = V::blendv(left, V(acc_t(1)), stays);
       next.store(base + v * V::size());
       shrink.store(x.shrink + v * V::size());
       (V::loadu(sum + v * V::size()) * shrink).store(sum + v * V::size());
