@@ -55,7 +55,8 @@ class NinjaBuildExt(build_ext):
         includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
         flags = [
             "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math",
-            "-Wall -Wno-unknown-pragmas -Wno-maybe-uninitialized -Wno-uninitialized",  # GCC's own intrinsics
+            "-Wall -Wno-unknown-pragmas -Wno-psabi",
+            "-Wno-maybe-uninitialized -Wno-uninitialized",  # GCC's own intrinsics
             f"-DPYVLM_COMPILER='\"{re.sub(r'[^ -~]', '', version.splitlines()[0])}\"'",
             f"-I{CSRC.resolve()}",
             *(f"-isystem {path}" for path in includes),
