@@ -276,7 +276,8 @@ class Backward {
     for (int64_t group = 0; group < groups; ++group) {
       const Blocks seen = cover.seen[group];
       for (int64_t i = 0; i < tile_blocks; ++i) {
-        if (!cover.any[group][i] && cover.seen_by[i].begin <= group && group < cover.seen_by[i].end) {
+        const bool others_see = cover.seen_by[i].begin <= group && group < cover.seen_by[i].end;
+        if (others_see && (i < seen.begin || i >= seen.end)) {  // block() clears those in between
           clear(x.p, i, group);
           clear(x.ds, i, group);
         }

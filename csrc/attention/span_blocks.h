@@ -90,7 +90,6 @@ class SpanBlocks {
     }
   }
 
-  int64_t groups() const { return groups_; }          // blocks of queries
   int64_t key_blocks() const { return key_blocks_; }  // blocks of keys
 
   // The key blocks that the ranges of a group of queries touch, from the first to the last.
@@ -221,7 +220,7 @@ template <typename acc_t>
 Softmax<acc_t> end_softmax(const SpanProblem& p, int64_t h, acc_t base, acc_t sum) {
   const acc_t seen = base + std::log(sum);  // −inf + −inf where nothing was seen
   const acc_t share = sum > 0 ? 1 / sum : acc_t(0);
-  if (p.sinks == nullptr || !std::isfinite(p.sinks[h])) {
+  if (p.sinks == nullptr || p.sinks[h] == -std::numeric_limits<double>::infinity()) {
     return {seen, share};
   }
   const auto sink = static_cast<acc_t>(p.sinks[h]), top = std::max(seen, sink);

@@ -37,9 +37,8 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// Which planes of A and B are multiplied: one pair, or the six larger products of numbers that are sums of
-// three. From one to the next only one side changes, so that 14 tiles are loaded for 24 products in place
-// of 24.
+// Which planes of A and B are multiplied: one pair, all four of numbers that are sums of two, the six larger
+// of sums of three. From one to the next only one side changes: six take 14 loads of tiles in place of 24.
 template <int planes>
 struct AmxPairs {
   static constexpr int kCount = 1, kA[kCount] = {0}, kB[kCount] = {0};

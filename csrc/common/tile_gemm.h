@@ -90,10 +90,8 @@ struct Brgemm {
 
 #if PYVLM_HAS_AMX
 
-// planes = 2: fp16 as the sum of two bf16, which hold its 11 bits; planes = 3: fp32 as that of three, which
-// hold its
-// 24. Of nine products the
-// three smallest are left out: less than 2^-24 of the whole.
+// planes = 2: fp16 as the sum of two bf16, which hold its 11 bits. planes = 3: fp32 as the sum of three,
+// which hold its 24; of nine products the three smallest are left out, less than 2^-24 of the whole.
 template <int planes>
 struct AmxGemm {
   using op_t = at::BFloat16;

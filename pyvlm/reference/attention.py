@@ -43,10 +43,10 @@ def span_attention(
         s_BHRQK = s_BHQK.unsqueeze(2).masked_fill(hidden_BRQK.unsqueeze(1), -torch.inf)
         lse_BHRQ1 = s_BHRQK.logsumexp(-1, keepdim=True)
         empty_BHRQ1 = empty_BRQ1.unsqueeze(1).expand_as(lse_BHRQ1)
+        sinks_BHRQ1 = torch.full_like(lse_BHRQ1, -torch.inf)
         if sinks_H is not None:
             sinks_BHRQ1 = sinks_H.to(dtype)[:, None, None, None].expand_as(lse_BHRQ1)
-            lse_BHRQ1 = torch.where(empty_BHRQ1, sinks_BHRQ1, torch.logaddexp(lse_BHRQ1, sinks_BHRQ1))
+            lse_BHRQ1 = torch.logaddexp(lse_BHRQ1, sinks_BHRQ1)
         p_BHQK = (s_BHRQK - lse_BHRQ1).exp().masked_fill(empty_BHRQ1, 0).sum(2)
-        if sinks_H is None:
-            lse_BHRQ1 = lse_BHRQ1.masked_fill(empty_BHRQ1, -torch.inf)
-        return (p_BHQK @ v_BHKD).to(q_BHQD.dtype), lse_BHRQ1.squeeze(-1)
+        lse_BHRQ = torch.where(empty_BHRQ1, sinks_BHRQ1, lse_BHRQ1).squeeze(-1)
+        return (p_BHQK @ v_BHKD).to(q_BHQD.dtype), lse_BHRQ

@@ -96,6 +96,30 @@ def test_sinks_of_any_size(dtype: torch.dtype, sink: float, backend: str) -> Non
     assert_results_close(backend, q, k, v, random_spans(1, 23, 31), sinks=sinks)
 
 
+@pytest.mark.parametrize("queries", [23, 2], ids=["tiles", "few queries"])
+def test_a_sink_of_minus_infinity_is_none(queries: int, backend: str) -> None:
+    q, k, v = random_qkv(1, 2, 1, queries, 31, 16)
+    spans = random_spans(1, queries, 31)
+    spans.bounds[0, 0] = 5  # a query that sees nothing
+    sinks = torch.full((2,), -torch.inf)
+    results = []
+    for given in (None, sinks):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = span_attention(*leaves, spans, sinks=given, return_lse=True, backend=backend)
+        results.append((out.detach(), lse.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for with_sink, without in zip(*reversed(results), strict=True):
+        assert_conforms(with_sink, without, gradient=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sinks_far_below_leave_the_gradients_of_empty_rows_finite(dtype: torch.dtype, backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 1, 1, 5, 5, 16, dtype))
+    spans = TokenLayout(HALF_EMPTY[:1]).spans("mmca")
+    sinks = torch.tensor([-1000.0], dtype=dtype)
+    span_attention(q, k, v, spans, sinks=sinks, backend=backend).square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
 @pytest.mark.parametrize("sinks_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sinks_of_a_dtype_of_their_own(dtype: torch.dtype, sinks_dtype: torch.dtype, backend: str) -> None:
