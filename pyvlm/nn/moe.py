@@ -11,16 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvlm.layout import IMAGE, PADDING, TokenLayout
-from pyvlm.ops.moe import (
-    Activation,
-    Routing,
-    expert_choice,
-    expert_mlp,
-    load_balancing_loss,
-    merge_routings,
-    router_z_loss,
-    token_choice,
-)
+from pyvlm.ops.moe import Routing, expert_choice, merge_routings, token_choice
+from pyvlm.ops.moe_experts import Activation, expert_mlp
+from pyvlm.ops.moe_losses import load_balancing_loss, router_z_loss
 
 MODALITIES = ("text", "image")  # the rows of the statistics; text stands for all but image and padding
 

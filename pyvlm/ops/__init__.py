@@ -11,19 +11,9 @@ from pyvlm.ops.fusion import (
     sincos_positions,
 )
 from pyvlm.ops.loss import linear_cross_entropy
-from pyvlm.ops.moe import (
-    Routing,
-    balance_bias,
-    expert_choice,
-    expert_mlp,
-    importance_loss,
-    load_balancing_loss,
-    merge_routings,
-    router_z_loss,
-    soft_moe,
-    threshold_choice,
-    token_choice,
-)
+from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
+from pyvlm.ops.moe_experts import expert_mlp, soft_moe
+from pyvlm.ops.moe_losses import balance_bias, importance_loss, load_balancing_loss, router_z_loss
 from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_image_tokens
 from pyvlm.ops.tiling import (
     anyres_grid,

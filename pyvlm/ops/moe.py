@@ -1,8 +1,7 @@
-"""Mixture of experts: routers that decide which expert sees which token, and the experts themselves.
+"""Mixture of experts: routers that decide which expert sees which token.
 
 Shape legend
-    T tokens · E experts · S slots (token, expert) · H hidden · I intermediate
-    G groups of consecutive tokens · N tokens in a group · P slots an expert (soft MoE)
+    T tokens · E experts · S slots (token, expert) · G groups of consecutive tokens
 
 Every sparse router returns the same `Routing`, so one `expert_mlp` serves them all. Gradients reach the
 router's logits through `Routing.weight`; the choice itself has none. Nothing here is random.
@@ -22,17 +21,13 @@ from pyvlm.ops import _backends
 from pyvlm.ops._moe_checks import (
     check_capacities,
     check_expert_vector,
-    check_experts,
     check_group_offsets,
     check_logits,
     check_positive_int,
-    check_routing_values,
     check_rows,
     check_top_k,
 )
 from pyvlm.reference import moe as reference
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,199 +243,3 @@ def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> 
     token = torch.cat([rows[routing.token] for routing, rows in parts])
     weight = torch.cat([routing.weight for routing, _ in parts])
     return Routing(*reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
-
-
-def expert_mlp(
-    x: Tensor,
-    routing: Routing,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: Activation = "silu",
-    gated: bool = True,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Every expert's MLP on its tokens, weighted and summed by token: y_t = Σ_e weight_te · f_e(x_t).
-
-    f_e(x) = down_e · (act(gate_e x) ⊙ (up_e x)), or down_e · act(up_e x) where not gated. The sum over a
-    token's experts is made in float32 (float64), in their order and without atomics: the same bits every
-    time. The weights have the layout of transformers 5.
-
-    Args:
-        x: [T, H].
-        routing: of T tokens to E experts.
-        gate_up: [E, 2I, H], gate rows first; [E, I, H] where not gated.
-        down: [E, H, I].
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (its square).
-        gate_up_bias: [E, 2I] or [E, I].
-        down_bias: [E, H].
-        backend: "auto" or "reference".
-
-    Returns:
-        [T, H] in the dtype of x (of autocast, where that is on); zero where a token has no expert.
-
-    Raises:
-        TypeError: x and the weights differ in dtype outside autocast.
-        ValueError: shapes or experts that do not fit together, an unknown activation, several devices, or a
-            routing whose indices point outside its tokens and slots.
-    """
-    if x.dim() != 2:
-        raise ValueError(f"x must be [tokens, hidden], got {list(x.shape)}; flatten batch and length first")
-    check_experts(x, gate_up, down, activation, gated, gate_up_bias, down_bias)
-    if routing.num_tokens != len(x):
-        raise ValueError(
-            f"the routing is of {routing.num_tokens} tokens and x has {len(x)}: route these very tokens"
-        )
-    if routing.num_experts != len(gate_up):
-        raise ValueError(f"the routing is to {routing.num_experts} experts and gate_up holds {len(gate_up)}")
-    if routing.token.device != x.device:
-        raise ValueError(
-            f"the routing is on {routing.token.device} and x on {x.device}: move them to one device"
-        )
-    check_routing_values(routing)
-    _backends.resolve("expert_mlp", backend, x.device)
-    tensors = (routing.token, routing.weight, routing.expert_offsets, routing.token_offsets, routing.slot)
-    return reference.expert_mlp(x, tensors, gate_up, down, activation, gated, gate_up_bias, down_bias)
-
-
-def soft_moe(
-    x: Tensor,
-    phi: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scale: float | Tensor = 1.0,
-    activation: Activation = "gelu",
-    gated: bool = False,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Experts on weighted means of all tokens of a group: nothing is chosen, nothing is dropped.
-
-    logits[n, e, p] = scale · cos(x_n, phi_ep). The input of slot (e, p) is the mean of x under the softmax of
-    the logits over tokens; the output of token n is the mean of the slots' outputs under their softmax over
-    all (e, p). Every token sees every other of its group, so this is for encoders, not for decoders.
-
-    From Sparse to Soft Mixtures of Experts (arXiv 2308.00951), with the normalisation of
-    google-research/vmoe.
-
-    Args:
-        x: [G, N, H].
-        phi: [H, E, P], the slots' directions.
-        gate_up, down, activation, gated, gate_up_bias, down_bias: as for `expert_mlp`.
-        scale: a number or a learned scalar tensor.
-        backend: "auto" or "reference".
-
-    Returns:
-        [G, N, H].
-
-    Raises:
-        TypeError: x and the weights differ in dtype outside autocast.
-        ValueError: shapes that do not fit together, an unknown activation or several devices.
-    """
-    if x.dim() != 3:
-        raise ValueError(f"x must be [groups, tokens, hidden], got {list(x.shape)}")
-    check_experts(x, gate_up, down, activation, gated, gate_up_bias, down_bias)
-    if phi.dim() != 3 or phi.shape[:2] != (x.shape[-1], len(gate_up)):
-        raise ValueError(
-            f"phi must be [hidden {x.shape[-1]}, experts {len(gate_up)}, slots], got {list(phi.shape)}"
-        )
-    _backends.resolve("soft_moe", backend, x.device)
-    return reference.soft_moe(x, phi, gate_up, down, scale, activation, gated, gate_up_bias, down_bias)
-
-
-def load_balancing_loss(
-    logits: Tensor, top_k: int, form: Literal["deepspeed", "transformers"] = "deepspeed"
-) -> Tensor:
-    """The loss that keeps token choice balanced: E · Σ_e (share of tokens that chose e) · (mean p of e).
-
-    Choices are counted before any drop, and only the mean p has a gradient. "transformers" counts all top_k
-    choices, so that perfect balance gives top_k. "deepspeed" gives 1 there: up to top_k = 2 it counts first
-    choices alone (`top1gating`, `top2gating`), above that all of them, divided by top_k (`topkgating`).
-
-    Switch Transformers (arXiv 2101.03961).
-
-    Args:
-        logits: [T, E] of the tokens that count; of several layers, concatenated, for transformers' joint
-            loss.
-        top_k: experts a token chooses, 1 to E.
-
-    Returns:
-        A scalar, float32 (float64 for float64 logits); 0 where there are no tokens.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape, top_k outside 1 to E, an unknown form, or logits as in `token_choice`.
-    """
-    check_logits(logits)
-    check_top_k(top_k, logits)
-    if form not in ("deepspeed", "transformers"):
-        raise ValueError(f'form={form!r} is unknown; expected "deepspeed" or "transformers"')
-    num_tokens, num_experts = max(len(logits), 1), logits.shape[1]
-    counted = 1 if form == "deepspeed" and top_k <= 2 else top_k
-    prob = reference.router_probabilities(logits)
-    chosen = torch.bincount(reference.top_choices(prob, counted).flatten(), minlength=num_experts)
-    loss = num_experts * (prob.sum(0) * chosen).sum() / num_tokens**2
-    return loss / counted if form == "deepspeed" else loss
-
-
-def importance_loss(logits: Tensor) -> Tensor:
-    """Squared coefficient of variation of the experts' importance, Σ_t p[t, e]: 0 where all weigh the same.
-
-    Outrageously Large Neural Networks (arXiv 1701.06538), with the variance over E experts, not E − 1.
-
-    Args:
-        logits: [T, E].
-
-    Returns:
-        A scalar, float32 (float64 for float64 logits); 0 where there are no tokens.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape, or logits as in `token_choice`.
-    """
-    check_logits(logits)
-    share = reference.router_probabilities(logits).sum(0) / max(len(logits), 1)
-    return (share * logits.shape[1]).var(correction=0)
-
-
-def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)²: keeps the router's logits small.
-
-    ST-MoE (arXiv 2202.08906).
-
-    Args:
-        logits: [T, E].
-
-    Returns:
-        A scalar, float32 (float64 for float64 logits); 0 where there are no tokens.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape, or logits as in `token_choice`.
-    """
-    check_logits(logits)
-    z = logits.to(reference.accumulation_dtype(logits.dtype)).logsumexp(-1)
-    return z.square().sum() / max(len(logits), 1)
-
-
-def balance_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
-    """The next `bias` of `token_choice`, in place of a loss: up for experts below the mean load, else down.
-
-    bias_e + rate · sign(mean(counts) − counts_e). Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664).
-
-    Args:
-        bias: [E].
-        counts: [E], the tokens that each expert got.
-        rate: the step; the paper uses 0.001.
-
-    Raises:
-        ValueError: bias and counts are not both [E].
-    """
-    if bias.dim() != 1 or bias.shape != counts.shape:
-        raise ValueError(
-            f"bias and counts must both be [experts], got {list(bias.shape)} and {list(counts.shape)}"
-        )
-    counts = counts.to(bias.dtype)
-    return bias + rate * (counts.mean() - counts).sign()

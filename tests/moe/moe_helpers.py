@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyvlm.ops.moe import Routing
+from pyvlm.ops import Routing
 
 
 def dense_weights(routing: Routing) -> Tensor:

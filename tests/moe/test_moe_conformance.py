@@ -8,7 +8,7 @@ from moe_helpers import chosen, dense_weights
 from tolerance import assert_conforms
 from torch import Tensor
 
-from pyvlm.ops.moe import (
+from pyvlm.ops import (
     expert_choice,
     expert_mlp,
     load_balancing_loss,

@@ -10,7 +10,7 @@ from moe_helpers import random_layer
 from torch import Tensor
 
 from pyvlm.nn.moe import MoE
-from pyvlm.ops.moe import (
+from pyvlm.ops import (
     Routing,
     balance_bias,
     expert_choice,

@@ -7,7 +7,7 @@ from moe_helpers import dense_weights, random_layer
 from tolerance import assert_close, assert_conforms
 from torch import Tensor
 
-from pyvlm.ops.moe import Routing, expert_choice, expert_mlp, soft_moe, token_choice
+from pyvlm.ops import Routing, expert_choice, expert_mlp, soft_moe, token_choice
 
 ACTIVATIONS = {
     "silu": lambda x: x * torch.sigmoid(x),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyvlm.layout import TokenLayout
 from pyvlm.nn.moe import MoE, MoEStats
-from pyvlm.ops.moe import expert_choice, expert_mlp, load_balancing_loss, router_z_loss, token_choice
+from pyvlm.ops import expert_choice, expert_mlp, load_balancing_loss, router_z_loss, token_choice
 
 # P padding, t text, digits: the tokens of an image.
 LAYOUTS = {

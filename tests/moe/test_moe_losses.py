@@ -7,7 +7,7 @@ import torch
 from tolerance import assert_conforms
 from torch import Tensor
 
-from pyvlm.ops.moe import balance_bias, importance_loss, load_balancing_loss, router_z_loss, token_choice
+from pyvlm.ops import balance_bias, importance_loss, load_balancing_loss, router_z_loss, token_choice
 
 LOSSES = {
     "deepspeed": lambda logits: load_balancing_loss(logits, 2),

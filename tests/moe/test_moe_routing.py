@@ -8,7 +8,7 @@ from moe_helpers import check_lists, chosen, dense_weights
 from tolerance import assert_conforms
 from torch import Tensor
 
-from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
+from pyvlm.ops import Routing, expert_choice, merge_routings, threshold_choice, token_choice
 
 LEVELS = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0])  # few, so that ties are common
 
