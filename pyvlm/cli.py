@@ -1,4 +1,4 @@
-"""The command line: `pyvlm demo | train | eval | chat | env`.
+"""The command line: `pyvlm demo | train | eval | chat | moe-report | env`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
@@ -71,6 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="give it once a picture")
     chat.set_defaults(run=run_chat)
 
+    moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
+    moe.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
+    moe.add_argument("data", metavar="DATA", help="conversations as .jsonl, or a recipe: its held-out ones")
+    moe.add_argument("--dialogues", type=_positive, default=400, help="at most so many (default 400)")
+    moe.add_argument("--top", type=_positive, default=10, help="pathways to show (default 10)")
+    moe.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
+    moe.add_argument("--png", type=Path, metavar="FILE", help="write a picture of it")
+    moe.set_defaults(run=run_moe_report)
+
     env = commands.add_parser("env", help="versions, instruction sets and backends")
     env.set_defaults(run=run_env)
     return parser
@@ -116,6 +125,24 @@ def run_chat(options: argparse.Namespace) -> None:
     model, processor = load_model(options.model)
     chat = Chat(model, processor, options.image, tell=lambda line: print(f"pyvlm: {line}", file=sys.stderr))
     chat.interact([options.question] if options.question else _typed_questions(), say=print)
+
+
+def run_moe_report(options: argparse.Namespace) -> None:
+    from pyvlm.training.chat import load_model
+    from pyvlm.training.moe_chart import write_png
+    from pyvlm.training.moe_report import format_report, report_experts, write_json
+    from pyvlm.training.samples import read_samples
+
+    for path in (options.json, options.png):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    model, processor = load_model(options.model)
+    report = report_experts(model, processor, read_samples(options.data, processor, options.dialogues))
+    print(format_report(report, options.top))
+    if options.json is not None:
+        write_json(options.json, report)
+    if options.png is not None:
+        write_png(options.png, report, options.top)
 
 
 def run_env(options: argparse.Namespace) -> None:

@@ -5,6 +5,16 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pyvlm.layout import RULES
+from pyvlm.nn.moe_options import (
+    AuxLossForm,
+    Drop,
+    ImageRouter,
+    Noise,
+    Normalize,
+    RouterOptions,
+    TextRouter,
+)
+from pyvlm.ops.moe_experts import Activation
 
 Size = Annotated[int, Field(gt=0)]
 Levels = Annotated[list[int], Field(min_length=1)]
@@ -168,21 +178,40 @@ class FusionConfig(Config):
 
 
 class MoEConfig(Config):
-    """Experts in place of the MLP in the layers `layers`; the rest is as in `pyvlm.nn.MoE`."""
+    """Experts in place of the MLP in the layers `layers`; the rest is as in `pyvlm.nn.MoE`.
+
+    The options of the routers are those of `pyvlm.nn.RouterOptions`, which checks them.
+    """
 
     layers: Annotated[list[int], Field(min_length=1)]
     num_experts: Size
     intermediate_size: Size
-    top_k: Size = 2
-    capacity_factor: Annotated[float, Field(gt=0)] = 1.0
-    image_router: Literal["expert_choice", "token_choice"] = "expert_choice"
-    aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01
-    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+    top_k: int = RouterOptions.top_k
+    image_router: ImageRouter = RouterOptions.image_router
+    text_router: TextRouter = RouterOptions.text_router
+    image_experts: int | None = RouterOptions.image_experts
+    capacity_factor: float = RouterOptions.capacity_factor
+    token_capacity_factor: float | None = RouterOptions.token_capacity_factor
+    eval_token_capacity_factor: float | None = RouterOptions.eval_token_capacity_factor
+    drop: Drop = RouterOptions.drop
+    normalize: Normalize = RouterOptions.normalize
+    noise: Noise | None = RouterOptions.noise
+    noise_std: float = RouterOptions.noise_std
+    threshold_momentum: float = RouterOptions.threshold_momentum
+    bias_rate: float = RouterOptions.bias_rate
+    aux_loss_coef: float = RouterOptions.aux_loss_coef
+    aux_loss_form: AuxLossForm = RouterOptions.aux_loss_form
+    z_loss_coef: float = RouterOptions.z_loss_coef
+    importance_loss_coef: float = RouterOptions.importance_loss_coef
+    load_loss_coef: float = RouterOptions.load_loss_coef
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> "MoEConfig":
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} of only {self.num_experts} experts")
+    def _routers_are_possible(self) -> "MoEConfig":
+        of_experts = {"layers", "intermediate_size", "activation", "gated", "bias"}
+        RouterOptions(**self.model_dump(exclude=of_experts))
         return self
 
 

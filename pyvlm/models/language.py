@@ -11,6 +11,7 @@ from pyvlm.layout import PADDING, AttentionSpans, TokenLayout
 from pyvlm.models.config import LanguageConfig
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
+from pyvlm.nn.moe_routing import TokenGroups
 
 
 class SwiGLU(nn.Module):
@@ -53,11 +54,13 @@ class DecoderLayer(nn.Module):
         spans: AttentionSpans,
         rotary: Rotary,
         new_tokens: TokenLayout,
+        groups: TokenGroups | None,
         cache: KeyValueCache | None,
     ) -> tuple[Tensor, MoEStats | None]:
         x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), spans, rotary, cache)
         if isinstance(self.mlp, MoE):
-            y_BLC, stats = self.mlp(self.mlp_norm(x_BLC), new_tokens)
+            # With a cache it is generation, which has no use for statistics.
+            y_BLC, stats = self.mlp(self.mlp_norm(x_BLC), new_tokens, groups, statistics=cache is None)
             return x_BLC + y_BLC, stats
         return x_BLC + self.mlp(self.mlp_norm(x_BLC)), None
 
@@ -98,7 +101,7 @@ class LanguageModel(nn.Module):
             cache: one a layer; extended by the new tokens.
 
         Returns:
-            Normalised hidden states [B, L, C], and the statistics of each MoE layer.
+            Normalised hidden states [B, L, C], and the statistics of each MoE layer; with a cache none.
         """
         config, start = self.config, 0 if cache is None else cache[0].length
         spans = {
@@ -107,6 +110,7 @@ class LanguageModel(nn.Module):
         }
         rotary = rotary_tables(positions(layout)[:, start:], config.head_size, config.rope_theta)
         new_tokens = layout if start == 0 else slice_layout(layout, start, layout.length)
+        groups = None if config.moe is None else TokenGroups.of(new_tokens)
         x_BLC, all_stats = embeds_BLC, []
         for i, layer in enumerate(self.layers):
             arguments = (
@@ -114,6 +118,7 @@ class LanguageModel(nn.Module):
                 spans[config.window_of(i)],
                 rotary,
                 new_tokens,
+                groups,
                 None if cache is None else cache[i],
             )
             if self.gradient_checkpointing and self.training:

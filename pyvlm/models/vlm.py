@@ -30,9 +30,9 @@ class VLMOutput:
     Attributes:
         loss: scalar, cross_entropy + aux_loss; None without labels.
         cross_entropy: scalar, the mean over the labelled tokens; None without labels.
-        aux_loss: scalar, the sum of the routers' losses, already weighted; 0 without experts.
+        aux_loss: scalar, the sum of the routers' losses, already weighted; 0 without experts or with a cache.
         logits: [B, L, V]; None with labels, since the loss never makes them.
-        moe_stats: one a MoE layer.
+        moe_stats: one a MoE layer; with a cache none.
     """
 
     loss: Tensor | None
@@ -145,10 +145,18 @@ class VLM(nn.Module):
 
     generate = generation.generate
 
+    def update_router(self, *moe_stats: list[MoEStats]) -> None:
+        """Hands the statistics of a training step to its MoE layers: see `pyvlm.nn.MoE.update_router`.
+
+        Args:
+            moe_stats: `VLMOutput.moe_stats`, one a batch that gradients were summed over.
+        """
+        for layer, *stats in zip(self._moe_layers(), *moe_stats, strict=True):
+            layer.update_router(*stats)
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of each part, to freeze it or set its learning rate; each is in one part."""
-        layers = [module for module in self.language.modules() if isinstance(module, MoE)]
-        experts = [parameter for layer in layers for parameter in layer.parameters()]
+        experts = [parameter for layer in self._moe_layers() for parameter in layer.parameters()]
         in_experts = {id(parameter) for parameter in experts}
         return {
             "vision": list(self.vision_towers.parameters()),
@@ -186,6 +194,9 @@ class VLM(nn.Module):
         model = cls(checkpoint.read_config(folder / checkpoint.CONFIG, VLMConfig), backend)
         checkpoint.load_weights(model, folder / checkpoint.WEIGHTS)
         return model.eval()
+
+    def _moe_layers(self) -> list[MoE]:
+        return [module for module in self.language.modules() if isinstance(module, MoE)]
 
     def _initialize(self) -> None:
         """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own."""

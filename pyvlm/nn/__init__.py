@@ -2,8 +2,11 @@
 
 from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
+from pyvlm.nn.experts import SoftMoE
 from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion, MergeLevels, PatchesToToken
 from pyvlm.nn.moe import MoE, MoEStats
+from pyvlm.nn.moe_options import RouterOptions
+from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.partial_lora import PartialLoRALinear
 
 __all__ = [
@@ -17,6 +20,9 @@ __all__ = [
     "PartialLoRALinear",
     "PatchesToToken",
     "Resampler",
+    "RouterOptions",
+    "SoftMoE",
     "SpanAttention",
+    "TokenGroups",
     "rotary_tables",
 ]

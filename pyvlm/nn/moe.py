@@ -4,18 +4,25 @@ Shape legend
     B batch · L tokens a row · T = B·L · E experts · H hidden · I intermediate
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvlm.layout import IMAGE, PADDING, TokenLayout
-from pyvlm.ops.moe import Routing, expert_choice, merge_routings, token_choice
+from pyvlm.layout import TokenLayout
+from pyvlm.nn.experts import Experts
+from pyvlm.nn.moe_options import MODALITIES, RouterOptions, Share
+from pyvlm.nn.moe_routing import TokenGroups, among_all, choose_experts, count_slots, quantile
+from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice
 from pyvlm.ops.moe_experts import Activation, expert_mlp
-from pyvlm.ops.moe_losses import load_balancing_loss, router_z_loss
-
-MODALITIES = ("text", "image")  # the rows of the statistics; text stands for all but image and padding
+from pyvlm.ops.moe_losses import (
+    balance_bias,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_z_loss,
+)
 
 
 class MoEStats(NamedTuple):
@@ -24,46 +31,61 @@ class MoEStats(NamedTuple):
     Attributes:
         aux_loss: the layer's share of the training loss, coefficients included; a differentiable scalar.
         dispatched: int64 [2, E], the tokens of each modality (text, image) that each expert worked on.
-        dropped: int64 [2], the tokens of each modality that no expert took.
+        dropped: int64 [2, E], the tokens that chose an expert and were refused for want of capacity.
+        unrouted: int64 [2], the tokens that no expert worked on.
+        routing: of all T tokens, padding included, to the E experts.
+        quantiles: float [2, E], what the thresholds move towards (see `MoE.update_router`); None outside
+            training and without threshold choice.
     """
 
     aux_loss: Tensor
     dispatched: Tensor
     dropped: Tensor
+    unrouted: Tensor
+    routing: Routing
+    quantiles: Tensor | None
 
 
-class MoE(nn.Module):
-    """E gated MLPs behind one router: image tokens by expert choice within each image, text by token choice.
+class _Routed(NamedTuple):
+    """What one router did: its tokens' logits, without and with noise, and its routing of these rows."""
+
+    share: Share
+    rows: Tensor
+    logits: Tensor
+    noisy: Tensor
+    routing: Routing
+    chosen: Routing | None  # before the capacity, where there is one
+
+
+class MoE(Experts):
+    """E MLPs behind a router: by default images by expert choice within each, text by token choice.
 
     Expert choice balances the experts by construction but lets a token depend on all others of its group, so
-    it is kept inside an image, whose tokens are read together. A text token chooses its `top_k` experts by
-    itself, without a capacity, so that no row depends on a later one and token-by-token generation gives the
-    rows of one full pass. Padding is routed nowhere; its rows are zero, as are those of image tokens that no
-    expert took.
+    it is kept inside an image, whose tokens are read together. Text tokens find their experts by themselves,
+    by token choice or by threshold choice, so that no row depends on a later one and token-by-token
+    generation gives the rows of one full pass; a capacity for token choice is off by default because it
+    breaks this. Padding is routed nowhere; its rows are zero, as are those of tokens that no expert took.
 
-    Expert choice: arXiv 2202.09368. Token choice, text by text: MoE-LLaVA (arXiv 2401.15947), where
-    `image_router="token_choice"` treats image tokens like text.
+    Threshold choice and loss-free balancing have a state, kept in buffers, and a forward pass only reads it:
+    after each training step hand the statistics to `update_router`.
+
+    Expert choice: arXiv 2202.09368. Token choice for both modalities with a capacity: MoE-LLaVA
+    (arXiv 2401.15947).
 
     Args:
         hidden_size: H.
         intermediate_size: I of each expert.
         num_experts: E.
-        top_k: experts a token chooses under token choice.
-        capacity_factor: mean number of experts an image token gets under expert choice; each expert takes
-            ceil(capacity_factor · tokens of the image / E) of them.
-        activation: as for `pyvlm.ops.expert_mlp`.
-        gated: gated experts, act(gate x) ⊙ (up x), or plain ones, act(up x).
-        image_router: "expert_choice" or "token_choice".
-        text_router: "token_choice"; expert choice would leak the future.
-        aux_loss_coef: weight of the load-balancing loss over the tokens under token choice (DeepSpeed's
-            form).
-        z_loss_coef: weight of the router's z-loss over all tokens but padding.
-        backend: as for `pyvlm.ops.expert_mlp`.
+        activation, gated, bias, backend: as for `pyvlm.nn.experts.Experts`.
+        routing: as for `RouterOptions`.
 
     Raises:
-        ValueError: a size below 1, top_k above num_experts, a capacity factor that is not above 0, an unknown
-            activation or router.
+        TypeError: an unknown option.
+        ValueError: a size below 1, an unknown activation, or as `RouterOptions`.
     """
+
+    thresholds: Tensor | None
+    balance_bias: Tensor | None
 
     def __init__(
         self,
@@ -71,73 +93,54 @@ class MoE(nn.Module):
         intermediate_size: int,
         num_experts: int,
         *,
-        top_k: int = 2,
-        capacity_factor: float = 1.0,
         activation: Activation = "silu",
         gated: bool = True,
-        image_router: Literal["expert_choice", "token_choice"] = "expert_choice",
-        text_router: Literal["token_choice"] = "token_choice",
-        aux_loss_coef: float = 0.01,
-        z_loss_coef: float = 0.0,
+        bias: bool = False,
         backend: str = "auto",
+        **routing: Any,
     ) -> None:
-        super().__init__()
-        sizes = {
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_experts": num_experts,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k must be 1 to num_experts={num_experts}, got {top_k}")
-        if not capacity_factor > 0:
-            raise ValueError(f"capacity_factor must be above 0, got {capacity_factor}")
-        if activation not in get_args(Activation):
-            expected = ", ".join(map(repr, get_args(Activation)))
-            raise ValueError(f"activation={activation!r} is unknown; expected one of {expected}")
-        if image_router not in ("expert_choice", "token_choice"):
-            raise ValueError(
-                f'image_router={image_router!r} is unknown; expected "expert_choice" or "token_choice"'
-            )
-        if text_router != "token_choice":
-            raise ValueError(
-                f'text_router={text_router!r} is unknown; expected "token_choice" '
-                "(under expert choice a token would depend on later ones)"
-            )
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.capacity_factor = capacity_factor
-        self.activation = activation
-        self.gated = gated
-        self.image_router = image_router
-        self.aux_loss_coef = aux_loss_coef
-        self.z_loss_coef = z_loss_coef
-        self.backend = backend
-        up_rows = 2 * intermediate_size if gated else intermediate_size
+        super().__init__(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            activation=activation,
+            gated=gated,
+            bias=bias,
+            backend=backend,
+        )
+        self.options = options = RouterOptions(num_experts, **routing)
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, up_rows, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        by_threshold = [share for share in options.shares if share.router == "threshold_choice"]
+        thresholds = torch.zeros(len(MODALITIES), num_experts)
+        for share in by_threshold:
+            thresholds[share.modalities, share.experts] = 1 / share.num_experts
+        self.register_buffer("thresholds", thresholds if by_threshold else None)
+        self.register_buffer("balance_bias", torch.zeros(num_experts) if options.bias_rate else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The router near zero, so that all experts start equal; the experts as `nn.Linear` starts."""
+        super().reset_parameters()
         nn.init.normal_(self.gate.weight, std=0.02)
-        for weight in (self.gate_up_proj, self.down_proj):
-            bound = weight.shape[-1] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, MoEStats]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        groups: TokenGroups | None = None,
+        statistics: bool = True,
+    ) -> tuple[Tensor, MoEStats | None]:
         """Routes every token but padding through its experts.
 
         Args:
             hidden_states: [B, L, H].
             layout: of these very tokens; in generation, of the new ones. An image must not be split between
                 calls.
+            groups: `TokenGroups.of(layout)`, for who has it already.
+            statistics: False saves the work of making them, and of the losses.
 
         Returns:
-            [B, L, H] without the residual, and the statistics.
+            [B, L, H] without the residual, and the statistics or None.
 
         Raises:
             ValueError: hidden_states does not match the layout or the layer, or the router's logits are not
@@ -148,26 +151,59 @@ class MoE(nn.Module):
                 f"hidden_states must be {[*layout.kind.shape, self.gate.in_features]}, after the layout and "
                 f"the hidden size of the layer, got {list(hidden_states.shape)}"
             )
+        groups = TokenGroups.of(layout) if groups is None else groups
         x_TH = hidden_states.flatten(0, 1)
-        logits_TE = self._router_logits(x_TH)
-        routing, aux_loss = self._route(logits_TE, layout)
-        y_TH = expert_mlp(
-            x_TH,
-            routing,
-            self.gate_up_proj,
-            self.down_proj,
-            activation=self.activation,
-            gated=self.gated,
-            backend=self.backend,
-        )
-        return y_TH.view_as(hidden_states), self._stats(routing, layout, aux_loss)
+        routed = self._route(self._router_logits(x_TH), groups)
+        if len(routed) == 1 and len(routed[0].rows) == len(x_TH):
+            routing = routed[0].routing
+        else:
+            routing = merge_routings([(part.routing, part.rows) for part in routed], len(x_TH))
+        y_TH = expert_mlp(x_TH, routing, **self.mlp_options)
+        stats = self._stats(routed, routing, groups) if statistics else None
+        return y_TH.view_as(hidden_states), stats
+
+    @torch.no_grad()
+    def update_router(self, *stats: MoEStats) -> None:
+        """Moves the thresholds and the balancing bias; to be called once a training step, after backward.
+
+        Thresholds: each keeps `threshold_momentum` of itself and takes the rest from the step's quantile, the
+        p that a share top_k / E of the step's tokens reached, so that in the long run a token gets top_k
+        experts. They start at 1 / E, which every token's best expert reaches, and so, while the router is
+        near zero, about half of the experts; 22 steps at a momentum of 0.9 leave a tenth of that start.
+
+        Bias: `pyvlm.ops.balance_bias` on the tokens that chose each expert.
+
+        Where several processes train together, each moves its own; those of DistributedDataParallel then go
+        on with the first one's.
+
+        Args:
+            stats: of the step's forward passes in training mode, one a batch that gradients were summed over.
+
+        Raises:
+            ValueError: there are none, or they are of evaluation.
+        """
+        if not stats:
+            raise ValueError("update_router needs the statistics of at least one forward pass")
+        if self.thresholds is not None:
+            quantiles = [part.quantiles for part in stats if part.quantiles is not None]
+            if len(quantiles) < len(stats):
+                raise ValueError("the statistics must be of forward passes in training mode")
+            target = torch.stack(quantiles).mean(0).to(self.thresholds)
+            self.thresholds.lerp_(target, 1 - self.options.threshold_momentum)
+        if self.balance_bias is not None:
+            wanted = torch.stack([part.dispatched + part.dropped for part in stats]).sum(0)
+            for share in self.options.shares:
+                if share.router == "token_choice":
+                    counts = wanted[list(share.modalities), share.experts].sum(0)
+                    bias = self.balance_bias[share.experts]
+                    bias.copy_(balance_bias(bias, counts, self.options.bias_rate))
 
     def extra_repr(self) -> str:
         experts, hidden, intermediate = self.down_proj.shape
-        return (
-            f"{experts} experts {hidden}→{intermediate}, text: top {self.top_k}, image: {self.image_router}"
-            + (f" (capacity factor {self.capacity_factor})" if self.image_router == "expert_choice" else "")
-        )
+        o = self.options
+        split = "" if o.image_experts is None else f" ({o.image_experts} of them for images)"
+        routers = f"text by {o.text_router}, images by {o.image_router}, top {o.top_k}"
+        return f"{experts} experts {hidden}→{intermediate}{split}, {routers}"
 
     def _router_logits(self, x_TH: Tensor) -> Tensor:
         # In float32 whatever the model and autocast say: in bf16, near ties between experts fall at random.
@@ -175,41 +211,71 @@ class MoE(nn.Module):
         with torch.autocast(x_TH.device.type, enabled=False):
             return F.linear(x_TH.to(dtype), self.gate.weight.to(dtype))
 
-    def _route(self, logits_TE: Tensor, layout: TokenLayout) -> tuple[Routing, Tensor]:
-        by_expert_BL = (layout.kind == IMAGE) & (self.image_router == "expert_choice")
-        by_token_BL = (layout.kind != PADDING) & ~by_expert_BL
-        token_rows, image_rows = by_token_BL.flatten().nonzero()[:, 0], by_expert_BL.flatten().nonzero()[:, 0]
-        token_logits, image_logits = logits_TE[token_rows], logits_TE[image_rows]
+    def _route(self, logits_TE: Tensor, groups: TokenGroups) -> list[_Routed]:
+        """One entry a router that has tokens; the first router's where none has any."""
+        parts = [(share, groups.rows(share.modalities)) for share in self.options.shares]
+        parts = [(share, rows) for share, rows in parts if len(rows)] or parts[:1]
+        return [self._route_share(share, rows, logits_TE, groups) for share, rows in parts]
 
-        parts = [(token_choice(token_logits, self.top_k, backend=self.backend), token_rows)]
-        if len(image_rows):  # a generated token pays for no image
-            offsets = _image_offsets(layout, image_rows)
-            capacity = (offsets.diff().double() * self.capacity_factor / self.num_experts).ceil().long()
-            parts.append((expert_choice(image_logits, capacity, offsets, backend=self.backend), image_rows))
-        aux_loss = self.aux_loss_coef * load_balancing_loss(token_logits, self.top_k)
-        if self.z_loss_coef:
-            aux_loss = aux_loss + self.z_loss_coef * router_z_loss(torch.cat([token_logits, image_logits]))
-        return merge_routings(parts, len(logits_TE)), aux_loss
+    def _route_share(self, share: Share, rows: Tensor, logits_TE: Tensor, groups: TokenGroups) -> _Routed:
+        logits = logits_TE if len(rows) == len(logits_TE) else logits_TE[rows]
+        logits = noisy = logits[:, share.experts]
+        if self.training and self.options.noise == "gaussian":
+            noisy = logits + torch.randn_like(logits) * (self.options.noise_std / share.num_experts)
+        chosen = None
+        if share.router == "expert_choice":
+            tokens = groups.image_offsets.diff().double()
+            capacity = (tokens * self.options.capacity_factor / share.num_experts).ceil().long()
+            routing = expert_choice(noisy, capacity, groups.image_offsets, backend=self.backend)
+        elif share.router == "threshold_choice":
+            assert self.thresholds is not None
+            thresholds = self.thresholds[share.modalities[0], share.experts]
+            routing = threshold_choice(noisy, thresholds, backend=self.backend)
+        else:
+            bias = None if self.balance_bias is None else self.balance_bias[share.experts]
+            routing, chosen = choose_experts(noisy, self.options, self.training, bias, self.backend)
+        routing = among_all(routing, share, self.num_experts)
+        chosen = None if chosen is None else among_all(chosen, share, self.num_experts)
+        return _Routed(share, rows, logits, noisy, routing, chosen)
 
-    def _stats(self, routing: Routing, layout: TokenLayout, aux_loss: Tensor) -> MoEStats:
-        kind_T = layout.kind.flatten()
-        modality_T = (kind_T == IMAGE).long()
-        count = len(MODALITIES)
-        dispatched = torch.bincount(
-            modality_T[routing.token] * self.num_experts + routing.expert, minlength=count * self.num_experts
-        ).view(count, self.num_experts)
-        dropped_T = (routing.token_offsets.diff() == 0) & (kind_T != PADDING)
-        dropped = torch.stack([(dropped_T & (modality_T == m)).sum() for m in range(count)])
-        return MoEStats(aux_loss, dispatched, dropped)
+    def _stats(self, routed: list[_Routed], routing: Routing, groups: TokenGroups) -> MoEStats:
+        dispatched = count_slots(routing, groups.is_image)
+        dropped = torch.zeros_like(dispatched)
+        for part in routed:
+            if part.chosen is not None:
+                is_image = groups.is_image[part.rows]
+                dropped += count_slots(part.chosen, is_image) - count_slots(part.routing, is_image)
+        alone_T = routing.token_offsets.diff() == 0
+        unrouted = torch.stack([alone_T[rows].sum() for rows in (groups.text, groups.image)])
+        return MoEStats(
+            self._aux_loss(routed), dispatched, dropped, unrouted, routing, self._quantiles(routed)
+        )
 
+    def _aux_loss(self, routed: list[_Routed]) -> Tensor:
+        o, loss = self.options, routed[0].logits.new_zeros(())
+        num_tokens = max(sum(len(part.rows) for part in routed), 1)
+        for part in routed:
+            if o.z_loss_coef:
+                loss = loss + o.z_loss_coef * len(part.rows) / num_tokens * router_z_loss(part.logits)
+            if part.share.router != "token_choice":
+                continue
+            if o.aux_loss_coef:
+                balance = load_balancing_loss(part.noisy, o.top_k, o.aux_loss_form)
+                loss = loss + o.aux_loss_coef * balance
+            if o.importance_loss_coef:
+                loss = loss + o.importance_loss_coef * importance_loss(part.logits)
+            if o.load_loss_coef and self.training:
+                std = o.noise_std / part.share.num_experts
+                loss = loss + o.load_loss_coef * load_loss(part.logits, part.noisy, o.top_k, std)
+        return loss
 
-def _image_offsets(layout: TokenLayout, image_rows: Tensor) -> Tensor:
-    """Where each image starts among the image tokens: int64 [images + 1]."""
-    # The layout guarantees that the tokens of an image are neighbours.
-    new_BL = torch.zeros_like(layout.kind, dtype=torch.bool)
-    new_BL[:, :1] = True
-    for label_BL in (layout.document, layout.image):
-        new_BL[:, 1:] |= label_BL[:, 1:] != label_BL[:, :-1]
-    run_of_row = new_BL.flatten().cumsum(0)[image_rows]
-    tokens_of_image = run_of_row.unique_consecutive(return_counts=True)[1]
-    return F.pad(tokens_of_image.cumsum(0), (1, 0))
+    @torch.no_grad()
+    def _quantiles(self, routed: list[_Routed]) -> Tensor | None:
+        if self.thresholds is None or not self.training:
+            return None
+        quantiles = self.thresholds.clone()  # where a batch has no tokens, the threshold stays
+        for part in routed:
+            if part.share.router == "threshold_choice" and len(part.rows):
+                of_share = quantiles[part.share.modalities[0], part.share.experts]
+                of_share.copy_(quantile(part.noisy, self.options.top_k))
+        return quantiles

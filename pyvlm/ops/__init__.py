@@ -13,7 +13,13 @@ from pyvlm.ops.fusion import (
 from pyvlm.ops.loss import linear_cross_entropy
 from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
 from pyvlm.ops.moe_experts import expert_mlp, soft_moe
-from pyvlm.ops.moe_losses import balance_bias, importance_loss, load_balancing_loss, router_z_loss
+from pyvlm.ops.moe_losses import (
+    balance_bias,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_z_loss,
+)
 from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_image_tokens
 from pyvlm.ops.tiling import (
     anyres_grid,
@@ -36,6 +42,7 @@ __all__ = [
     "letterbox_masks",
     "linear_cross_entropy",
     "load_balancing_loss",
+    "load_loss",
     "local_cross_attention",
     "merge_levels",
     "merge_routings",

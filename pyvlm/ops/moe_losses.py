@@ -68,6 +68,43 @@ def importance_loss(logits: Tensor) -> Tensor:
     return (share * logits.shape[1]).var(correction=0)
 
 
+def load_loss(logits: Tensor, noisy_logits: Tensor, top_k: int, noise_std: float) -> Tensor:
+    """Squared coefficient of variation of the experts' smooth load, under noisy token choice.
+
+    The load of e is the mean over tokens of P(logits[t, e] + new noise ≥ the top_k-th largest of
+    noisy_logits[t]): how many would choose e if its noise alone were drawn again. 0 where all have the same.
+
+    Scaling Vision with Sparse Mixture of Experts (arXiv 2106.05974).
+
+    Args:
+        logits: [T, E].
+        noisy_logits: [T, E], the logits plus normal noise of standard deviation `noise_std`.
+        top_k: experts a token chooses, 1 to E.
+        noise_std: above 0; V-MoE has 1 / E.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits); 0 where there are no tokens.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, top_k outside 1 to E, a noise_std that is not above 0, or logits as in
+            `token_choice`.
+    """
+    check_logits(logits)
+    check_logits(noisy_logits)
+    check_top_k(top_k, logits)
+    if noisy_logits.shape != logits.shape:
+        raise ValueError(
+            f"noisy_logits must be {list(logits.shape)} as the logits are, got {list(noisy_logits.shape)}"
+        )
+    if not noise_std > 0:
+        raise ValueError(f"noise_std must be above 0, got {noise_std}")
+    dtype = reference.accumulation_dtype(logits.dtype)
+    needed = noisy_logits.to(dtype).topk(top_k).values[:, -1:]
+    load = torch.special.ndtr((logits.to(dtype) - needed) / noise_std).sum(0) / max(len(logits), 1)
+    return load.var(correction=0) / load.mean().square().clamp(min=torch.finfo(dtype).tiny)
+
+
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean over tokens of logsumexp(logits)²: keeps the router's logits small.
 

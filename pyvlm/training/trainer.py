@@ -132,18 +132,22 @@ class Trainer:
         batches = make_batches(self.processor, source, step, mine, stage.accumulation)
         labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
         loss, tokens = torch.zeros((), device=self.accelerator.device), 0
+        moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
             tokens += int(batch["attention_mask"].sum())
             with self.accelerator.accumulate(self.forward):
                 # Weighed by its labels, so that accumulation changes the memory and not the loss.
                 share = count / sum(labelled)
-                micro_loss = share * self.forward(**to_device(batch, self.accelerator.device)).loss
+                output = self.forward(**to_device(batch, self.accelerator.device))
+                micro_loss = share * output.loss
                 self.accelerator.backward(micro_loss * stage.accumulation)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), stage.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             loss += micro_loss.detach()
+            moe_stats.append(output.moe_stats)
+        self.model.update_router(*moe_stats)
         return loss, tokens
 
     def save(self, optimizer: Optimizer) -> None:

@@ -49,7 +49,7 @@ def test_unknown_keys_are_named(path: str) -> None:
         ("language.num_kv_heads", 3, "num_heads 4 is no multiple of num_kv_heads 3"),
         ("language.head_dim", 5, "even head_dim, got 5"),
         ("language.moe.layers", [3], r"moe.layers \[3\] do not exist; the layers are 0 to 2"),
-        ("language.moe.top_k", 4, "top_k 4 of only 3 experts"),
+        ("language.moe.top_k", 4, "top_k must be 1 to num_experts=3, got 4"),
         ("language.window_layers", [0], "window_layers without a window"),
         ("vision_towers.0.levels", [3], r"'vit': levels \[3\] do not exist; it has levels 0 to 2"),
         ("vision_towers.0.levels", [2, -1], "name one level twice"),
