@@ -18,10 +18,10 @@ from pyvlm.triton_kernels.attention_backward import grad_kv_kernel, grad_q_kerne
 from pyvlm.triton_kernels.attention_decode import combine_kernel, decode_kernel
 from pyvlm.triton_kernels.attention_forward import forward_kernel
 from pyvlm.triton_kernels.attention_tiles import summarise_keys, summarise_queries
+from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, launch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
 
@@ -247,14 +247,6 @@ def span_attention_backward(
     return *grads, -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, arguments: dict[str, Any]) -> None:
-    """Runs a kernel on those of the arguments that it has."""
-    if 0 not in grid:
-        arguments = {name: arguments[name] for name in kernel.arg_names}
-        # Triton will stop to fuse multiplications and additions unless it is told to.
-        kernel[grid](**arguments, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True)
-
-
 class _Problem:
     """The inputs that forward and backward share, and what kernels are told about them."""
 
@@ -290,7 +282,7 @@ class _Problem:
         self.ranges, self.separate = len(range_classes), separate
         self.streams = self.ranges if separate else 1
         self.scale, self.softcap = scale, softcap
-        self.config = config or default_config(self.head_dim, q.dtype, _capability(q.device))
+        self.config = config or default_config(self.head_dim, q.dtype, capability(q.device))
 
     def arguments(
         self, tiles: Tiles, plain: dict[str, Tensor], streamed: dict[str, Tensor] | None = None, rows: int = 0
@@ -345,7 +337,7 @@ class _Problem:
             "RANGES": self.ranges,
             "SEPARATE": self.separate,
             "SOFTCAP": self.softcap > 0,
-            "PRECISION": "tf32x3",  # of float32 alone: three products of 19-bit parts lose next to nothing
+            "PRECISION": PRECISION,
             "ALIGN": align,
             "DESCRIPTORS": descriptors,
             "BLOCK_M": tiles.queries,
@@ -404,10 +396,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return tuple(
         stride if size > 1 else longest for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )
-
-
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -13,9 +13,7 @@ import triton.language as tl
 from pyvlm.triton_kernels.attention_tiles import (
     FAR,
     INFINITY,
-    LOG2E,
     RUNTIME,
-    dot,
     extremes,
     load_classes,
     load_ranges,
@@ -26,6 +24,7 @@ from pyvlm.triton_kernels.attention_tiles import (
     tile_sets,
     visible,
 )
+from pyvlm.triton_kernels.common import LOG2E, dot
 
 
 @triton.jit(do_not_specialize=RUNTIME)

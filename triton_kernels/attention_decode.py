@@ -13,15 +13,14 @@ from pyvlm.triton_kernels.attention_forward import accumulate
 from pyvlm.triton_kernels.attention_tiles import (
     INFINITY,
     LN2,
-    LOG2E,
     RUNTIME,
-    dot,
     load_classes,
     load_ranges,
     load_tile,
     scores,
     sees,
 )
+from pyvlm.triton_kernels.common import LOG2E, dot
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -9,9 +9,7 @@ import triton.language as tl
 from pyvlm.triton_kernels.attention_tiles import (
     INFINITY,
     LN2,
-    LOG2E,
     RUNTIME,
-    dot,
     extremes,
     load_classes,
     load_ranges,
@@ -22,6 +20,7 @@ from pyvlm.triton_kernels.attention_tiles import (
     tile_sets,
     visible,
 )
+from pyvlm.triton_kernels.common import LOG2E, dot
 
 
 @triton.jit

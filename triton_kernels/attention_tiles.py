@@ -13,11 +13,11 @@ ranges a query (1 or 2), S streams (softmaxes: R where separate, else 1).
 
 import triton
 import triton.language as tl
+from pyvlm.triton_kernels.common import INTERPRETED as INTERPRETED
+from pyvlm.triton_kernels.common import tanh
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FAR = tl.constexpr(2**31 - 1)  # beyond every key
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -259,23 +259,6 @@ def summarise_queries(
 
 
 # Scores
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b, on top of acc where there is one."""
-    if INTERPRETED:  # the interpreter cannot multiply bfloat16; widened, the products are the same
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def tanh(x):
-    """Exact to a few units in the last place, by exp2 away from 0 and by its power series near it."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    away = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))
-    return tl.where(tl.abs(x) < 0.25, series, away)
 
 
 @triton.jit

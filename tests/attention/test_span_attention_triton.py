@@ -1,35 +1,12 @@
 """The Triton kernels in Triton's interpreter: runs interpreted_triton.py in a process of its own."""
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import pytest
-
-FOLDER = Path(__file__).parent
-
-
-def in_new_process(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=FOLDER.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-    )
+from interpreter import in_new_process, run_interpreted
 
 
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if version("triton").startswith("3.6.") and not version("numpy").startswith(
-        ("1.", "2.0", "2.1", "2.2", "2.3")
-    ):
-        pytest.skip("the interpreter of Triton 3.6 makes numbers of arrays as numpy 2.4 no longer allows")
-    tests = str(FOLDER / "interpreted_triton.py")
-    run = in_new_process(["-m", "pytest", "-q", "-p", "no:cacheprovider", tests], TRITON_INTERPRET="1")
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(Path(__file__).with_name("interpreted_triton.py"))
 
 
 CALL = """

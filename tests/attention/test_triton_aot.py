@@ -1,67 +1,30 @@
 """The Triton kernels of span attention, compiled for GPUs that are not here; and what compiles them anew."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from attention import triton_aot  # noqa: E402 (it imports Triton)
-from attention.triton_aot import CALLS, MAIN_KERNELS, Call, compile_call, launches, signature  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
+import ahead_of_time
+from attention.triton_aot import CALLS, TABLE, Call
 
-TABLE = json.loads(triton_aot.TABLE.read_text())
-# Another version of Triton gives registers away otherwise: as much as this may then lie in local memory.
-SPILLS_OF_OTHER_VERSIONS = 128
-
-pytestmark = [
-    pytest.mark.skipif(
-        not (triton_aot.TOOLS / "ptxas").exists(), reason="this Triton has no compiler for NVIDIA GPUs"
-    ),
-    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: kernels are not compiled"),
-]
+pytestmark = ahead_of_time.compiles_ahead_of_time
 
 
 def test_the_table_is_of_these_kernels() -> None:
-    assert list(TABLE["kernels"]) == [call.name(kernel) for call in CALLS for kernel in call.kernels]
+    names = [call.name(kernel) for call in CALLS for kernel in call.kernels]
+    assert list(json.loads(TABLE.read_text())["kernels"]) == names
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.name(call.kernels[0])}")
-def test_machine_code(call: Call, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spills, the GPU's own matrix instructions, shared memory that it has; and as in the table."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what was compiled before proves nothing
-    same_version = TABLE["triton"] == triton.__version__
-    for name, row in compile_call(call).items():
-        kernel = name.split()[0]
-        assert row["local_bytes"] <= (0 if same_version else SPILLS_OF_OTHER_VERSIONS), (name, row)
-        assert row["shared_bytes"] <= triton_aot.SHARED_MEMORY[call.architecture], (name, row)
-        if kernel in MAIN_KERNELS and call.dtype != torch.float32:
-            instruction = triton_aot.MATRIX_INSTRUCTIONS[call.architecture]
-            assert row["matrix_instructions"].get(instruction, 0) >= 2 * 2, (name, row)
-        if same_version:
-            assert row == TABLE["kernels"][name], (
-                f"{name}: where this is meant, run python tests/attention/triton_aot.py and commit the table"
-            )
+def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path)
 
 
-def specialisations(call: Call, **changed: Any) -> list[tuple[str, Any]]:
-    """What Triton would look a kernel up by: types, and the values and alignments that it compiles in."""
-    backend = make_backend(GPUTarget("cuda", call.architecture, 32))
-    keys = []
-    for launch in launches(call, **changed):
-        kernel = launch.kernel
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        # Host memory in place of the meta device's, whose address is 0: what counts is that it is aligned.
-        arguments = {name: aligned(value) for name, value in launch.arguments.items()}
-        keys.append((kernel.__name__, str(bind(**arguments)[1]), launch.tiles))
-    return keys
-
-
-def aligned(value: Any) -> Any:
-    return torch.zeros(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+def specialisations(call: Call, **changed: Any) -> list[tuple[str, str, Any]]:
+    return ahead_of_time.specialisations(call.launches(**changed), call.architecture)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -94,9 +57,4 @@ def test_a_growing_cache_compiles_nothing_new(streams: str) -> None:
 
 
 def test_no_number_is_specialised() -> None:
-    for launch in launches(CALLS[0]):
-        types, constants, alignments = signature(launch)  # it asserts that numbers are left alone
-        for index, parameter in enumerate(launch.kernel.params):
-            is_pointer = types[parameter.name].startswith("*")
-            assert ((index,) in alignments) == is_pointer
-            assert is_pointer or parameter.name in constants or parameter.do_not_specialize
+    ahead_of_time.check_no_number_is_specialised(CALLS[0].launches())

@@ -1,0 +1,202 @@
+"""Compiles Triton kernels as they are launched, for GPUs that need not be there.
+
+The launches are those of a family's entry points, on tensors without memory (torch's meta device), with
+`launch` replaced. What a compiled kernel takes is read from its machine code with the tools in Triton's
+wheel. Each family has a file of calls, and a table of what their kernels took.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+SCALARS = {"int32": "i32", "int64": "i64", "float32": "fp32"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
+MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # HGMMA: wgmma, UTCHMMA: tcgen05
+# Another version of Triton gives registers away otherwise: as much as this may then lie in local memory.
+SPILLS_OF_OTHER_VERSIONS = 128
+
+compiles_ahead_of_time = [
+    pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="this Triton has no compiler for NVIDIA GPUs"),
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1: kernels are not compiled"),
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    tiles: Any
+    arguments: dict[str, Any]
+
+
+class Call(Protocol):
+    """A call of an op, of which some kernels are compiled for an architecture (80: capability 8.0)."""
+
+    architecture: int
+    kernels: tuple[str, ...]
+
+    @property
+    def on_tensor_cores(self) -> tuple[str, ...]:
+        """The kernels that must make their products with this architecture's own instructions."""
+
+    def name(self, kernel: str) -> str:
+        """What the table calls a kernel of this call."""
+
+    def launches(self) -> list[Launch]: ...
+
+
+@contextmanager
+def recorded(family: ModuleType, architecture: int) -> Iterator[list[Launch]]:
+    """Launches of a family that happen inside, on a GPU of this architecture, are only written down."""
+    launches: list[Launch] = []
+    replacements = {
+        "launch": lambda kernel, grid, tiles, arguments: launches.append(
+            Launch(kernel, tiles, {name: arguments[name] for name in kernel.arg_names})
+        ),
+        "capability": lambda device: divmod(architecture, 10),
+        "_multiprocessors": lambda device: 132,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in replacements.keys() & vars(family).keys():
+            patch.setattr(family, name, replacements[name])
+        yield launches
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and alignments, as Triton sees the arguments: no number is a constant or aligned."""
+    types, constants, alignments = {}, {}, {}
+    for parameter in launch.kernel.params:
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None:
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPES[value.dtype]
+            alignments[(parameter.num,)] = [["tt.divisibility", 16]]
+        else:
+            assert parameter.do_not_specialize, name
+            types[name] = SCALARS.get(parameter.annotation, parameter.annotation)
+    return types, constants, alignments
+
+
+def facts(launch: Launch, architecture: int) -> dict[str, Any]:
+    """Registers a thread, bytes of local memory (spills) and of shared memory, and matrix instructions."""
+    types, constants, alignments = signature(launch)
+    compiled = triton.compile(
+        ASTSource(launch.kernel, types, constants, alignments),
+        target=GPUTarget("cuda", architecture, 32),
+        options={
+            "num_warps": launch.tiles.warps,
+            "num_stages": launch.tiles.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in (
+                [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
+                [TOOLS / "nvdisasm", file.name],
+            )
+        )
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
+    matrix = Counter(re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", code))
+    return {
+        "registers": int(registers),
+        "local_bytes": int(stack) + int(local),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_instructions": dict(sorted(matrix.items())),
+    }
+
+
+def compile_call(call: Call) -> dict[str, dict[str, Any]]:
+    """The facts of the kernels of a call, by their names in the table.
+
+    Of several launches of a kernel the last is meant; the others are `kernel 1`, `kernel 2` and so on.
+    """
+    found: dict[str, Launch] = {}
+    count: Counter[str] = Counter()
+    for launch in call.launches():
+        name = launch.kernel.__name__
+        count[name] += 1
+        found[name] = found[f"{name} {count[name]}"] = launch
+    return {call.name(name): facts(found[name], call.architecture) for name in call.kernels}
+
+
+def write_table(table: Path, calls: Sequence[Call]) -> None:
+    kernels = {name: row for call in calls for name, row in compile_call(call).items()}
+    table.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    for name, row in kernels.items():
+        print(name, row)
+
+
+def check_machine_code(call: Call, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No spills, the GPU's own matrix instructions, shared memory that it has; and as in the table."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what was compiled before proves nothing
+    stored = json.loads(table.read_text())
+    same_version = stored["triton"] == triton.__version__
+    for name, row in compile_call(call).items():
+        assert row["local_bytes"] <= (0 if same_version else SPILLS_OF_OTHER_VERSIONS), (name, row)
+        assert row["shared_bytes"] <= SHARED_MEMORY[call.architecture], (name, row)
+        if name.split()[0] in call.on_tensor_cores:
+            instruction = MATRIX_INSTRUCTIONS[call.architecture]
+            assert row["matrix_instructions"].get(instruction, 0) >= 2 * 2, (name, row)
+        if same_version:
+            assert row == stored["kernels"][name], (
+                f"{name}: where this is meant, write {table.name} anew, as {type(call).__module__} says, "
+                "and commit it"
+            )
+
+
+def specialisations(launches: list[Launch], architecture: int) -> list[tuple[str, str, Any]]:
+    """What Triton would look kernels up by: types, and the values and alignments that it compiles in."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    keys = []
+    for launch in launches:
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        # Host memory in place of the meta device's, whose address is 0: what counts is that it is aligned.
+        arguments = {name: _aligned(value) for name, value in launch.arguments.items()}
+        keys.append((kernel.__name__, str(bind(**arguments)[1]), launch.tiles))
+    return keys
+
+
+def check_no_number_is_specialised(launches: list[Launch]) -> None:
+    for launch in launches:
+        types, constants, alignments = signature(launch)  # it asserts that numbers are left alone
+        for index, parameter in enumerate(launch.kernel.params):
+            is_pointer = types[parameter.name].startswith("*")
+            assert ((index,) in alignments) == is_pointer
+            assert is_pointer or parameter.name in constants or parameter.do_not_specialize
+
+
+def _aligned(value: Any) -> Any:
+    return torch.zeros(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
