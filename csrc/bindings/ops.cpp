@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "attention/span_attention.h"
+#include "moe/routing.h"
 
 TORCH_LIBRARY(pyvlm, m) {
   m.def(
@@ -16,11 +17,31 @@ TORCH_LIBRARY(pyvlm, m) {
       "Tensor key_class, int[] range_classes, bool separate, float scale, float softcap, Tensor? sinks, "
       "Tensor out, Tensor stream_out, Tensor lse) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
       "grad_sinks)");
+  m.def(
+      "expert_choice(Tensor logits, Tensor capacity, Tensor group_offsets) -> (Tensor token, Tensor weight, "
+      "Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+  m.def(
+      "token_choice(Tensor logits, int top_k, int? capacity, bool normalize, str drop, Tensor? bias) -> "
+      "(Tensor token, Tensor weight, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+  m.def(
+      "threshold_choice(Tensor logits, Tensor thresholds) -> (Tensor token, Tensor weight, "
+      "Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+  m.def(
+      "routing_backward(Tensor grad_weight, Tensor logits, Tensor token, Tensor weight, "
+      "Tensor expert_offsets, bool normalize) -> Tensor");
+  m.def(
+      "merge_routings(Tensor[] token, Tensor[] expert_offsets, Tensor[] rows, int num_tokens) -> "
+      "(Tensor token, Tensor order, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
   m.impl("span_attention", &pyvlm::span_attention_cpu);
   m.impl("span_attention_backward", &pyvlm::span_attention_backward_cpu);
+  m.impl("expert_choice", &pyvlm::expert_choice_cpu);
+  m.impl("token_choice", &pyvlm::token_choice_cpu);
+  m.impl("threshold_choice", &pyvlm::threshold_choice_cpu);
+  m.impl("routing_backward", &pyvlm::routing_backward_cpu);
+  m.impl("merge_routings", &pyvlm::merge_routings_cpu);
 }
 
 namespace {

@@ -12,6 +12,10 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # op -> backend -> device types it runs on. "reference" is plain PyTorch and runs everywhere.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "span_attention": {"native": ("cpu",), "triton": ("cuda",)},
+    "expert_choice": {"native": ("cpu",)},
+    "token_choice": {"native": ("cpu",)},
+    "threshold_choice": {"native": ("cpu",)},
+    "merge_routings": {"native": ("cpu",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 
 def check_logits(logits: Tensor) -> None:
+    check_kind_of_logits(logits)
+    check_values_of_logits(logits)
+
+
+def check_kind_of_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         given = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a floating-point tensor, got {given}")
@@ -19,6 +24,9 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"logits must be [tokens, experts] with at least one expert, got {list(logits.shape)}"
         )
+
+
+def check_values_of_logits(logits: Tensor) -> None:
     if logits.device.type == "cpu":
         # NaN and +inf come through the maximum, and so does a row of nothing but -inf.
         bad = ~logits.detach().amax(dim=1).isfinite()
@@ -52,6 +60,9 @@ def check_expert_vector(name: str, vector: Tensor, logits: Tensor) -> None:
             f"{name} must be [{logits.shape[1]}], one an expert, on {logits.device}, "
             f"got {list(vector.shape)} on {vector.device}"
         )
+
+
+def check_values_of_expert_vector(name: str, vector: Tensor) -> None:
     if vector.device.type == "cpu" and vector.isnan().any():
         raise ValueError(f"{name} holds NaN for expert {int(vector.isnan().nonzero()[0])}")
 
@@ -63,8 +74,6 @@ def check_group_offsets(group_offsets: Tensor, logits: Tensor) -> None:
             f"group_offsets must be [groups + 1] on {logits.device}, "
             f"got {list(group_offsets.shape)} on {group_offsets.device}"
         )
-    if group_offsets.device.type == "cpu":
-        check_offset_values("group_offsets", group_offsets, len(logits), "rows of the logits")
 
 
 def check_capacities(capacity: Tensor, groups: int, logits: Tensor) -> None:
@@ -74,7 +83,13 @@ def check_capacities(capacity: Tensor, groups: int, logits: Tensor) -> None:
             f"capacity must be an int or one a group, [{groups}] on {logits.device}, "
             f"got {list(capacity.shape)} on {capacity.device}"
         )
-    if capacity.device.type == "cpu" and (capacity < 1).any():
+
+
+def check_values_of_groups(capacity: Tensor, group_offsets: Tensor, logits: Tensor) -> None:
+    if logits.device.type != "cpu":
+        return
+    check_offset_values("group_offsets", group_offsets, len(logits), "rows of the logits")
+    if (capacity < 1).any():
         raise ValueError(f"capacity must be at least 1 in every group, got {int(capacity.min())}")
 
 
@@ -105,12 +120,15 @@ def check_routing_values(routing: "Routing") -> None:
             )
 
 
-def check_rows(rows: Tensor, routing: "Routing", num_tokens: int) -> None:
+def check_rows(rows: Tensor, routing: "Routing") -> None:
     check_integer("rows", rows)
     if rows.shape != (routing.num_tokens,):
         raise ValueError(
             f"rows must hold one row a token of its routing, [{routing.num_tokens}], got {list(rows.shape)}"
         )
+
+
+def check_values_of_rows(rows: Tensor, num_tokens: int) -> None:
     if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_tokens:
         raise ValueError(
             f"rows lie from {int(rows.min())} to {int(rows.max())}, outside the {num_tokens} of the whole"

@@ -7,7 +7,7 @@ Every sparse router returns the same `Routing`, so one `expert_mlp` serves them 
 router's logits through `Routing.weight`; the choice itself has none. Nothing here is random.
 
 Values (NaN logits, an index out of range) are checked on CPU tensors only: on another device reading them
-would stall it.
+would stall it. The native kernels see them anyway and check them themselves.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyvlm.ops import _backends
+from pyvlm import _native
+from pyvlm.ops._backends import resolve
 from pyvlm.ops._moe_checks import (
     check_capacities,
     check_expert_vector,
     check_group_offsets,
-    check_logits,
+    check_kind_of_logits,
     check_positive_int,
     check_rows,
     check_top_k,
+    check_values_of_expert_vector,
+    check_values_of_groups,
+    check_values_of_logits,
+    check_values_of_rows,
 )
 from pyvlm.reference import moe as reference
 
@@ -60,30 +65,31 @@ class Routing:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("token", "expert_offsets", "token_offsets", "slot"):
+        device = self.token.device
+        for name in ("token", "expert_offsets", "token_offsets", "slot", "weight"):
             tensor = getattr(self, name)
-            if tensor.dtype != torch.int32:
+            if name == "weight":
+                if tensor.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(f"Routing.weight must be float32 or float64, got {tensor.dtype}")
+            elif tensor.dtype != torch.int32:
                 raise TypeError(f"Routing.{name} must be int32, got {tensor.dtype}; convert it with .int()")
-        if self.weight.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"Routing.weight must be float32 or float64, got {self.weight.dtype}")
-        for name, tensor in self._tensors().items():
-            if tensor.dim() != 1 or tensor.device != self.token.device:
+            if tensor.dim() != 1 or tensor.device != device:
                 raise ValueError(
-                    f"Routing.{name} must be one-dimensional and on {self.token.device} as token is, "
+                    f"Routing.{name} must be one-dimensional and on {device} as token is, "
                     f"got shape {list(tensor.shape)} on {tensor.device}"
                 )
-        slots = len(self.token)
-        if len(self.weight) != slots or len(self.slot) != slots:
+        slots = self.token.shape[0]
+        if self.weight.shape[0] != slots or self.slot.shape[0] != slots:
             raise ValueError(
                 f"Routing needs one weight and one slot entry a token entry: got {slots} tokens, "
                 f"{len(self.weight)} weights and {len(self.slot)} slots"
             )
-        if len(self.token_offsets) != self.num_tokens + 1:
+        if self.token_offsets.shape[0] != self.num_tokens + 1:
             raise ValueError(
                 f"Routing.token_offsets must hold num_tokens + 1 = {self.num_tokens + 1} entries, "
                 f"got {len(self.token_offsets)}"
             )
-        if len(self.expert_offsets) < 2:
+        if self.expert_offsets.shape[0] < 2:
             raise ValueError(
                 "Routing.expert_offsets must hold num_experts + 1 entries, at least 2, "
                 f"got {len(self.expert_offsets)}"
@@ -92,13 +98,13 @@ class Routing:
     @property
     def num_experts(self) -> int:
         """E."""
-        return len(self.expert_offsets) - 1
+        return self.expert_offsets.shape[0] - 1
 
     @property
     def expert(self) -> Tensor:
         """The expert of each slot, int64 [S]."""
         experts = torch.arange(self.num_experts, device=self.token.device)
-        return experts.repeat_interleave(self.expert_offsets.diff(), output_size=len(self.token))
+        return experts.repeat_interleave(self.expert_offsets.diff(), output_size=self.token.shape[0])
 
     def to(self, device: torch.device | str) -> "Routing":
         """The same routing on another device."""
@@ -126,27 +132,30 @@ def expert_choice(
             own.
         group_offsets: integer [G + 1], rising from 0 to T: group g is the rows from its g-th entry up to the
             next one. None: all tokens are one group.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "native".
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: a wrong shape, a capacity below 1, offsets that do not rise from 0 to T, NaN or +inf in a
             row of the logits, or nothing but -inf.
     """
-    check_logits(logits)
-    num_tokens = len(logits)
+    check_kind_of_logits(logits)
+    num_tokens = logits.shape[0]
     if group_offsets is None:
         group_offsets = torch.tensor([0, num_tokens], device=logits.device)
     else:
         check_group_offsets(group_offsets, logits)
-    groups = len(group_offsets) - 1
+    groups = group_offsets.shape[0] - 1
     if isinstance(capacity, Tensor):
         check_capacities(capacity, groups, logits)
     else:
         check_positive_int("capacity", capacity)
-        capacity = group_offsets.new_tensor([capacity]).expand(groups)
-    _backends.resolve("expert_choice", backend, logits.device)
-    return Routing(*reference.expert_choice(logits, capacity, group_offsets), num_tokens)
+        capacity = group_offsets.new_full((groups,), capacity)
+    if resolve("expert_choice", backend, logits.device) == "native":
+        return _routing(torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets), num_tokens)
+    check_values_of_logits(logits)
+    check_values_of_groups(capacity, group_offsets, logits)
+    return _routing(reference.expert_choice(logits, capacity, group_offsets), num_tokens)
 
 
 def token_choice(
@@ -175,15 +184,16 @@ def token_choice(
             others.
         top_k: experts a token chooses, 1 to E.
         capacity: tokens an expert keeps, at least 1, or None for all of them.
-        bias: [E], added to p for the choice only, not to the weights (loss-free balancing, arXiv 2408.15664).
-        backend: "auto" or "reference".
+        bias: [E], added to p, in p's dtype, for the choice only, not to the weights (loss-free balancing,
+            arXiv 2408.15664).
+        backend: "auto", "reference" or "native".
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: a wrong shape, top_k outside 1 to E, a capacity below 1, an unknown `drop`, NaN or +inf in
             a row of the logits, or nothing but -inf.
     """
-    check_logits(logits)
+    check_kind_of_logits(logits)
     check_top_k(top_k, logits)
     if capacity is not None:
         check_positive_int("capacity", capacity)
@@ -191,8 +201,13 @@ def token_choice(
         raise ValueError(f'drop={drop!r} is unknown; expected "position" or "priority"')
     if bias is not None:
         check_expert_vector("bias", bias, logits)
-    _backends.resolve("token_choice", backend, logits.device)
-    return Routing(*reference.token_choice(logits, top_k, capacity, normalize, drop, bias), len(logits))
+    arguments = (logits, top_k, capacity, normalize, drop, bias)
+    if resolve("token_choice", backend, logits.device) == "native":
+        return _routing(torch.ops.pyvlm.token_choice(*arguments), logits.shape[0])
+    check_values_of_logits(logits)
+    if bias is not None:
+        check_values_of_expert_vector("bias", bias)
+    return _routing(reference.token_choice(*arguments), logits.shape[0])
 
 
 def threshold_choice(logits: Tensor, thresholds: Tensor, backend: str = "auto") -> Routing:
@@ -205,16 +220,19 @@ def threshold_choice(logits: Tensor, thresholds: Tensor, backend: str = "auto") 
     Args:
         logits: [T, E], any floating dtype.
         thresholds: [E], floating.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "native".
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: a wrong shape, NaN or +inf in a row of the logits, or nothing but -inf.
     """
-    check_logits(logits)
+    check_kind_of_logits(logits)
     check_expert_vector("thresholds", thresholds, logits)
-    _backends.resolve("threshold_choice", backend, logits.device)
-    return Routing(*reference.threshold_choice(logits, thresholds), len(logits))
+    if resolve("threshold_choice", backend, logits.device) == "native":
+        return _routing(torch.ops.pyvlm.threshold_choice(logits, thresholds), logits.shape[0])
+    check_values_of_logits(logits)
+    check_values_of_expert_vector("thresholds", thresholds)
+    return _routing(reference.threshold_choice(logits, thresholds), logits.shape[0])
 
 
 def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> Routing:
@@ -238,8 +256,113 @@ def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> 
             raise ValueError(
                 f"all routings must be to the same experts, got {num_experts} and {routing.num_experts}"
             )
-        check_rows(rows, routing, num_tokens)
+        check_rows(rows, routing)
+    weight = torch.cat([routing.weight for routing, _ in parts])
+    if resolve("merge_routings", "auto", weight.device) == "native":
+        token, order, *rest = torch.ops.pyvlm.merge_routings(
+            [routing.token for routing, _ in parts],
+            [routing.expert_offsets for routing, _ in parts],
+            [rows for _, rows in parts],
+            num_tokens,
+        )
+        return _routing((token, weight.index_select(0, order), *rest), num_tokens)
+    for _, rows in parts:
+        check_values_of_rows(rows, num_tokens)
     expert = torch.cat([routing.expert for routing, _ in parts])
     token = torch.cat([rows[routing.token] for routing, rows in parts])
-    weight = torch.cat([routing.weight for routing, _ in parts])
-    return Routing(*reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
+    return _routing(reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
+
+
+def _routing(tensors: reference.RoutingTensors, num_tokens: int) -> Routing:
+    return Routing(*tensors, num_tokens)
+
+
+def _slots(logits: Tensor, slots: Any, num_tokens: Any) -> tuple[Tensor, ...]:
+    def ints(size: Any) -> Tensor:
+        return logits.new_empty(size, dtype=torch.int32)
+
+    weight = logits.new_empty(slots, dtype=reference.accumulation_dtype(logits.dtype))
+    return ints(slots), weight, ints(logits.shape[1] + 1), ints(num_tokens + 1), ints(slots)
+
+
+def _fake_expert_choice(logits: Tensor, capacity: Tensor, group_offsets: Tensor) -> tuple[Tensor, ...]:
+    return _slots(logits, torch.library.get_ctx().new_dynamic_size(), logits.shape[0])
+
+
+def _fake_token_choice(
+    logits: Tensor, top_k: int, capacity: int | None, normalize: bool, drop: str, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    slots = logits.shape[0] * top_k if capacity is None else torch.library.get_ctx().new_dynamic_size()
+    return _slots(logits, slots, logits.shape[0])
+
+
+def _fake_threshold_choice(logits: Tensor, thresholds: Tensor) -> tuple[Tensor, ...]:
+    return _slots(logits, torch.library.get_ctx().new_dynamic_size(), logits.shape[0])
+
+
+def _fake_backward(
+    grad_weight: Tensor,
+    logits: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    normalize: bool,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_merge(
+    token: list[Tensor], expert_offsets: list[Tensor], rows: list[Tensor], num_tokens: int
+) -> tuple[Tensor, ...]:
+    slots = sum(t.shape[0] for t in token)
+    tokens = token[0].new_empty(slots)
+    offsets = token[0].new_empty(num_tokens + 1)
+    return (
+        tokens,
+        tokens.new_empty(slots, dtype=torch.int64),
+        torch.empty_like(expert_offsets[0]),
+        offsets,
+        tokens.new_empty(slots),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    token, weight, expert_offsets, _, _ = output
+    ctx.normalize = False
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], token, weight, expert_offsets)
+
+
+def _setup_token_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, inputs, output)
+    ctx.normalize = inputs[3]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_weight = grads[1]
+    if grad_weight is None:
+        return (None,) * ctx.num_inputs
+    logits, token, weight, expert_offsets = ctx.saved_tensors
+    grad_logits = torch.ops.pyvlm.routing_backward(
+        grad_weight, logits, token, weight, expert_offsets, ctx.normalize
+    )
+    return grad_logits, *(None,) * (ctx.num_inputs - 1)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        'the routers have no second derivative but in their reference: use backend="reference"'
+    )
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.register_fake("pyvlm::expert_choice", _fake_expert_choice)
+    torch.library.register_fake("pyvlm::token_choice", _fake_token_choice)
+    torch.library.register_fake("pyvlm::threshold_choice", _fake_threshold_choice)
+    torch.library.register_fake("pyvlm::routing_backward", _fake_backward)
+    torch.library.register_fake("pyvlm::merge_routings", _fake_merge)
+    torch.library.register_autograd("pyvlm::expert_choice", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pyvlm::token_choice", _backward, setup_context=_setup_token_choice)
+    torch.library.register_autograd("pyvlm::threshold_choice", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pyvlm::routing_backward", _refuse_second_derivative)
