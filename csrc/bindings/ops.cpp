@@ -18,20 +18,20 @@ TORCH_LIBRARY(pyvlm, m) {
       "Tensor out, Tensor stream_out, Tensor lse) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
       "grad_sinks)");
   m.def(
-      "expert_choice(Tensor logits, Tensor capacity, Tensor group_offsets) -> (Tensor token, Tensor weight, "
+      "expert_choice(Tensor logits, Tensor capacity, Tensor group_offsets) -> (Tensor weight, Tensor token, "
       "Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
   m.def(
       "token_choice(Tensor logits, int top_k, int? capacity, bool normalize, str drop, Tensor? bias) -> "
-      "(Tensor token, Tensor weight, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+      "(Tensor weight, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
   m.def(
-      "threshold_choice(Tensor logits, Tensor thresholds) -> (Tensor token, Tensor weight, "
+      "threshold_choice(Tensor logits, Tensor thresholds) -> (Tensor weight, Tensor token, "
       "Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
   m.def(
       "routing_backward(Tensor grad_weight, Tensor logits, Tensor token, Tensor weight, "
       "Tensor expert_offsets, bool normalize) -> Tensor");
   m.def(
       "merge_routings(Tensor[] token, Tensor[] expert_offsets, Tensor[] rows, int num_tokens) -> "
-      "(Tensor token, Tensor order, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+      "(Tensor order, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {

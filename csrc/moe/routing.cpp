@@ -79,13 +79,13 @@ RoutingTensors finished(const Held& logits, const SlotList& slots) {
     refuse(logits.tensor);
   }
   auto [token_offsets, slot] = sort_by_token(slots.token, slots.expert_offsets, logits.tokens);
-  return {slots.token, slots.weight, slots.expert_offsets, token_offsets, slot};
+  return {slots.weight, slots.token, slots.expert_offsets, token_offsets, slot};
 }
 
 // Divides each token's weights by their sum, taken in the order of its experts.
 template <typename acc_t>
 void normalize_weights(const RoutingTensors& routing, double eps) {
-  acc_t* weight = std::get<1>(routing).mutable_data_ptr<acc_t>();
+  acc_t* weight = std::get<0>(routing).mutable_data_ptr<acc_t>();
   const int32_t* start = std::get<3>(routing).const_data_ptr<int32_t>();
   const int32_t* slot = std::get<4>(routing).const_data_ptr<int32_t>();
   constexpr int64_t kTokensWorthAThread = 4096;

@@ -15,7 +15,8 @@
 
 namespace pyvlm {
 
-// token [S], weight [S], expert_offsets [E + 1], token_offsets [T + 1], slot [S].
+// weight [S], token [S], expert_offsets [E + 1], token_offsets [T + 1], slot [S]. The one that is
+// differentiable comes first, without which torch's opcheck fails.
 using RoutingTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 RoutingTensors expert_choice_cpu(const at::Tensor& logits, const at::Tensor& capacity,

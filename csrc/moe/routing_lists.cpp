@@ -115,7 +115,7 @@ RoutingTensors merge_routings_cpu(at::TensorList token, at::TensorList expert_of
     order_of[place] = s;
   }
   const auto [token_offsets, slot] = sort_by_token(merged, merged_offsets, num_tokens);
-  return {merged, order, merged_offsets, token_offsets, slot};
+  return {order, merged, merged_offsets, token_offsets, slot};
 }
 
 }  // namespace pyvlm

@@ -152,10 +152,10 @@ def expert_choice(
         check_positive_int("capacity", capacity)
         capacity = group_offsets.new_full((groups,), capacity)
     if resolve("expert_choice", backend, logits.device) == "native":
-        return _routing(torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets), num_tokens)
+        return _native_routing(torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets), num_tokens)
     check_values_of_logits(logits)
     check_values_of_groups(capacity, group_offsets, logits)
-    return _routing(reference.expert_choice(logits, capacity, group_offsets), num_tokens)
+    return Routing(*reference.expert_choice(logits, capacity, group_offsets), num_tokens)
 
 
 def token_choice(
@@ -203,11 +203,11 @@ def token_choice(
         check_expert_vector("bias", bias, logits)
     arguments = (logits, top_k, capacity, normalize, drop, bias)
     if resolve("token_choice", backend, logits.device) == "native":
-        return _routing(torch.ops.pyvlm.token_choice(*arguments), logits.shape[0])
+        return _native_routing(torch.ops.pyvlm.token_choice(*arguments), logits.shape[0])
     check_values_of_logits(logits)
     if bias is not None:
         check_values_of_expert_vector("bias", bias)
-    return _routing(reference.token_choice(*arguments), logits.shape[0])
+    return Routing(*reference.token_choice(*arguments), logits.shape[0])
 
 
 def threshold_choice(logits: Tensor, thresholds: Tensor, backend: str = "auto") -> Routing:
@@ -229,10 +229,10 @@ def threshold_choice(logits: Tensor, thresholds: Tensor, backend: str = "auto") 
     check_kind_of_logits(logits)
     check_expert_vector("thresholds", thresholds, logits)
     if resolve("threshold_choice", backend, logits.device) == "native":
-        return _routing(torch.ops.pyvlm.threshold_choice(logits, thresholds), logits.shape[0])
+        return _native_routing(torch.ops.pyvlm.threshold_choice(logits, thresholds), logits.shape[0])
     check_values_of_logits(logits)
     check_values_of_expert_vector("thresholds", thresholds)
-    return _routing(reference.threshold_choice(logits, thresholds), logits.shape[0])
+    return Routing(*reference.threshold_choice(logits, thresholds), logits.shape[0])
 
 
 def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> Routing:
@@ -259,22 +259,23 @@ def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> 
         check_rows(rows, routing)
     weight = torch.cat([routing.weight for routing, _ in parts])
     if resolve("merge_routings", "auto", weight.device) == "native":
-        token, order, *rest = torch.ops.pyvlm.merge_routings(
+        order, *rest = torch.ops.pyvlm.merge_routings(
             [routing.token for routing, _ in parts],
             [routing.expert_offsets for routing, _ in parts],
             [rows for _, rows in parts],
             num_tokens,
         )
-        return _routing((token, weight.index_select(0, order), *rest), num_tokens)
+        return _native_routing((weight.index_select(0, order), *rest), num_tokens)
     for _, rows in parts:
         check_values_of_rows(rows, num_tokens)
     expert = torch.cat([routing.expert for routing, _ in parts])
     token = torch.cat([rows[routing.token] for routing, rows in parts])
-    return _routing(reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
+    return Routing(*reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
 
 
-def _routing(tensors: reference.RoutingTensors, num_tokens: int) -> Routing:
-    return Routing(*tensors, num_tokens)
+def _native_routing(tensors: tuple[Tensor, ...], num_tokens: int) -> Routing:
+    weight, token, expert_offsets, token_offsets, slot = tensors
+    return Routing(token, weight, expert_offsets, token_offsets, slot, num_tokens)
 
 
 def _slots(logits: Tensor, slots: Any, num_tokens: Any) -> tuple[Tensor, ...]:
@@ -282,7 +283,7 @@ def _slots(logits: Tensor, slots: Any, num_tokens: Any) -> tuple[Tensor, ...]:
         return logits.new_empty(size, dtype=torch.int32)
 
     weight = logits.new_empty(slots, dtype=reference.accumulation_dtype(logits.dtype))
-    return ints(slots), weight, ints(logits.shape[1] + 1), ints(num_tokens + 1), ints(slots)
+    return weight, ints(slots), ints(logits.shape[1] + 1), ints(num_tokens + 1), ints(slots)
 
 
 def _fake_expert_choice(logits: Tensor, capacity: Tensor, group_offsets: Tensor) -> tuple[Tensor, ...]:
@@ -315,19 +316,13 @@ def _fake_merge(
     token: list[Tensor], expert_offsets: list[Tensor], rows: list[Tensor], num_tokens: int
 ) -> tuple[Tensor, ...]:
     slots = sum(t.shape[0] for t in token)
-    tokens = token[0].new_empty(slots)
-    offsets = token[0].new_empty(num_tokens + 1)
-    return (
-        tokens,
-        tokens.new_empty(slots, dtype=torch.int64),
-        torch.empty_like(expert_offsets[0]),
-        offsets,
-        tokens.new_empty(slots),
-    )
+    order = token[0].new_empty(slots, dtype=torch.int64)
+    tokens, token_offsets = token[0].new_empty(slots), token[0].new_empty(num_tokens + 1)
+    return order, tokens, torch.empty_like(expert_offsets[0]), token_offsets, torch.empty_like(tokens)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    token, weight, expert_offsets, _, _ = output
+    weight, token, expert_offsets, _, _ = output
     ctx.normalize = False
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
@@ -340,7 +335,7 @@ def _setup_token_choice(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_weight = grads[1]
+    grad_weight = grads[0]
     if grad_weight is None:
         return (None,) * ctx.num_inputs
     logits, token, weight, expert_offsets = ctx.saved_tensors

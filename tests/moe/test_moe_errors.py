@@ -26,9 +26,12 @@ from pyvlm.ops import (
 
 T, E, H, I = 6, 3, 8, 5  # noqa: E741
 READERS_OF_LOGITS: dict[str, Callable[[Tensor], Any]] = {
-    "expert_choice": lambda x: expert_choice(x, 2),
-    "token_choice": lambda x: token_choice(x, 2),
-    "threshold_choice": lambda x: threshold_choice(x, torch.zeros(E)),
+    "expert_choice": lambda x: expert_choice(x, 2, backend="native"),
+    "expert_choice by the reference": lambda x: expert_choice(x, 2, backend="reference"),
+    "token_choice": lambda x: token_choice(x, 2, backend="native"),
+    "token_choice by the reference": lambda x: token_choice(x, 2, backend="reference"),
+    "threshold_choice": lambda x: threshold_choice(x, torch.zeros(E), "native"),
+    "threshold_choice by the reference": lambda x: threshold_choice(x, torch.zeros(E), "reference"),
     "load_balancing_loss": lambda x: load_balancing_loss(x, 2),
     "importance_loss": importance_loss,
     "router_z_loss": router_z_loss,
@@ -53,8 +56,18 @@ def routing(logits: Tensor) -> Routing:
 @pytest.mark.parametrize("row", [[0.0, torch.nan, 0.0], [torch.inf, 0.0, 0.0], [-torch.inf] * 3])
 def test_logits_that_have_no_softmax(logits: Tensor, reader: str, row: list[float]) -> None:
     logits[4] = torch.tensor(row)
-    with pytest.raises(ValueError, match=r"1 of 6 rows of the logits .* row 4 first"):
+    with pytest.raises(
+        ValueError, match=r"1 of 6 rows of the logits .* row 4 first \(\[.*\]\): the training"
+    ):
         READERS_OF_LOGITS[reader](logits)
+
+
+def test_one_broken_row_among_many(backend: str) -> None:
+    logits = torch.randn(40_000, E)
+    logits[39_999, 1] = torch.nan
+    for offsets in (None, torch.tensor([0, 20_000, 40_000]), torch.arange(0, 40_001, 100)):
+        with pytest.raises(ValueError, match=r"1 of 40000 rows of the logits .* row 39999 first"):
+            expert_choice(logits, 2, offsets, backend)
 
 
 @pytest.mark.parametrize("reader", READERS_OF_LOGITS)
@@ -82,13 +95,15 @@ def test_logits_of_a_wrong_kind(reader: str) -> None:
         ({"group_offsets": torch.tensor([0, 5])}, ValueError, "rise from 0 to 6.* ending in 5"),
         ({"group_offsets": torch.tensor([1, 6])}, ValueError, r"rise from 0 to 6.* got \[1, 6\]"),
         ({"group_offsets": torch.tensor([0, 4, 2, 6])}, ValueError, "rise from 0 to 6"),
-        ({"backend": "native"}, RuntimeError, "expert_choice has no native implementation"),
+        ({"backend": "triton"}, RuntimeError, "expert_choice has no triton implementation"),
         ({"backend": "fast"}, ValueError, "backend='fast' is unknown"),
     ],
 )
-def test_expert_choice(logits: Tensor, arguments: dict[str, Any], error: type, message: str) -> None:
+def test_expert_choice(
+    logits: Tensor, backend: str, arguments: dict[str, Any], error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
-        expert_choice(logits, **{"capacity": 2, **arguments})
+        expert_choice(logits, **{"capacity": 2, "backend": backend, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -105,16 +120,20 @@ def test_expert_choice(logits: Tensor, arguments: dict[str, Any], error: type, m
         ({"backend": "triton"}, RuntimeError, "token_choice has no triton implementation"),
     ],
 )
-def test_token_choice(logits: Tensor, arguments: dict[str, Any], error: type, message: str) -> None:
+def test_token_choice(
+    logits: Tensor, backend: str, arguments: dict[str, Any], error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
-        token_choice(logits, **{"top_k": 2, **arguments})
+        token_choice(logits, **{"top_k": 2, "backend": backend, **arguments})
 
 
-def test_threshold_choice(logits: Tensor) -> None:
+def test_threshold_choice(logits: Tensor, backend: str) -> None:
     with pytest.raises(ValueError, match=r"thresholds must be \[3\], one an expert"):
-        threshold_choice(logits, torch.zeros(4))
-    with pytest.raises(RuntimeError, match="threshold_choice has no native implementation"):
-        threshold_choice(logits, torch.zeros(3), backend="native")
+        threshold_choice(logits, torch.zeros(4), backend)
+    with pytest.raises(ValueError, match="thresholds holds NaN for expert 2"):
+        threshold_choice(logits, torch.tensor([0.0, 0.0, torch.nan]), backend)
+    with pytest.raises(RuntimeError, match="threshold_choice has no triton implementation"):
+        threshold_choice(logits, torch.zeros(3), backend="triton")
 
 
 @pytest.mark.parametrize(

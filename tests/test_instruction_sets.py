@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
-# The values of the op: every shared case, random spans, head sizes, tiles, sinks.
+# The tests of the values, and which of them run native kernels.
+TESTS = {
+    "attention": ("tests/attention/test_span_attention.py", "native or random_spans"),
+    "routing": ("tests/moe/test_moe_routing.py", "native"),
+    "routing of many tokens": ("tests/moe/test_moe_routing_native.py", "many or equal"),
+}
+
 CHILD = """
 import sys
 import pytest
@@ -19,8 +25,7 @@ import pyvlm
 facts = pyvlm.build_info()["native"]
 assert facts["isa"] == sys.argv[1], f"the kernels run with {facts}"
 assert not facts["amx"], "a forced instruction set leaves the matrix unit aside"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/attention/test_span_attention.py",
-                      "-k", "native or random_spans"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", sys.argv[3]]))
 """
 
 
@@ -28,13 +33,18 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/attention/test_span
     platform.machine() not in ("x86_64", "AMD64"),
     reason="the extension has other instruction sets on x86 only",
 )
+@pytest.mark.parametrize("kernels", TESTS)
 @pytest.mark.parametrize(("forced", "isa"), [("avx512", "avx512"), ("avx2", "avx2"), ("default", "baseline")])
-def test_the_op_is_right_with_every_instruction_set(forced: str, isa: str) -> None:
+def test_kernels_are_right_with_every_instruction_set(forced: str, isa: str, kernels: str) -> None:
     supported = {"avx512": torch.cpu._is_avx512_supported, "avx2": torch.cpu._is_avx2_supported}
     if forced in supported and not supported[forced]():
         pytest.skip(f"this CPU has no {forced}")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": forced, "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, isa], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", CHILD, isa, *TESTS[kernels]],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]
