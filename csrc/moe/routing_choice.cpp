@@ -36,6 +36,31 @@ uint64_t at_least(const T* a, const T* b) {
   return mask;
 }
 
+// Writes where a row reaches its bounds, in order, each plus `base`, and up to 16 numbers behind their end.
+// Returns their end.
+template <typename T>
+int32_t* write_places(const T* row, const T* bounds, int64_t size, int32_t base, int32_t* places) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) {  // no branch to be mispredicted
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
+    for (int64_t i = 0; i < size; i += 16) {
+      const auto ge = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + i), _mm512_loadu_ps(bounds + i), _CMP_GE_OQ);
+      _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(ge, place));
+      places += std::popcount(static_cast<uint32_t>(ge));
+      place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    }
+    return places;
+  }
+#endif
+  for (int64_t i = 0; i < size; i += kRowBlock) {
+    for (uint64_t mask = at_least(row + i, bounds + i); mask != 0; mask &= mask - 1) {
+      *places++ = base + static_cast<int32_t>(i + std::countr_zero(mask));
+    }
+  }
+  return places;
+}
+
 // The first of the largest values of a row.
 template <typename T>
 int64_t argmax(const T* row, int64_t padded_size) {
@@ -145,16 +170,17 @@ class Router {
       std::transform(args.bias, args.bias + experts_, bias.begin(),
                      [](double b) { return static_cast<acc_t>(std::max(b, static_cast<double>(kLowest))); });
     }
-    const auto best = [&](const acc_t* p, acc_t* scores, const auto& emit) {
+    const auto best = [&](const acc_t* p, acc_t* scores, int32_t base, int32_t* places) {
       for (int64_t e = 0; e < experts_; ++e) {
         scores[e] = p[e] + bias[e];
       }
       std::fill(scores + experts_, scores + size, -kInfinity);
       for (int64_t k = 0; k < args.top_k; ++k) {
         const int64_t e = argmax(scores, size);
-        emit(e, static_cast<acc_t>(args.top_k - k));
+        *places++ = base + static_cast<int32_t>(e);
         scores[e] = -kInfinity;
       }
+      return places;
     };
     const bool ranked = args.by_position && args.capacity < logits_.tokens;
     take_all(collect(logits_.tokens, ranked, in_order(0), best), args.capacity, out);
@@ -167,13 +193,15 @@ class Router {
   // row took a tenth longer.
   static constexpr int64_t kRowsAtOnce = 16;
 
+  // Rows that are being read meanwhile: on logits that lie in no cache, 5.7 ms become 4.7.
+  static constexpr int64_t kRowsAhead = 2 * kRowsAtOnce;
+
   // Of each expert, in the order of the rows.
   struct Candidates {
     struct Chunk {
       std::unique_ptr<int32_t[]> start, token;  // [E + 1], [candidates]
       std::unique_ptr<acc_t[]> p, rank;         // rank: null where p decides
 
-      const acc_t* score() const { return rank != nullptr ? rank.get() : p.get(); }
       int64_t count(int64_t e) const { return start[e + 1] - start[e]; }
     };
     std::vector<Chunk> chunks;
@@ -192,19 +220,38 @@ class Router {
   // took 6.0 ms on one core, and take 4.1 with this.
   static int64_t list_stride(int64_t rows) { return rows + 16; }
 
+  // Rows of scratch memory are 2^row_bits apart.
+  static int row_bits(int64_t experts) {
+    return std::countr_zero(std::bit_ceil(static_cast<uint64_t>(padded(experts))));
+  }
+
   // Room for a chunk's candidates before they are packed.
   struct Scratch {
-    acc_t *p, *scores;       // [kRowsAtOnce, padded E], [padded E]
+    acc_t *p, *scores;       // [kRowsAtOnce, 2^row_bits], [padded E]
+    int32_t* places;         // of a block's candidates in p
     acc_t *found, *rank;     // [E, list_stride]
     int32_t *token, *count;  // [E, list_stride], [E]
 
     Scratch(Arena& arena, int64_t experts, int64_t rows, bool ranked) {
-      p = arena.take<acc_t>(kRowsAtOnce * padded(experts));
+      p = arena.take<acc_t>(kRowsAtOnce << row_bits(experts));
+      places = arena.take<int32_t>((kRowsAtOnce << row_bits(experts)) + 16);
       scores = arena.take<acc_t>(padded(experts));
       count = arena.take<int32_t>(experts);
       found = arena.take<acc_t>(experts * list_stride(rows));
       token = arena.take<int32_t>(experts * list_stride(rows));
       rank = ranked ? arena.take<acc_t>(experts * list_stride(rows)) : nullptr;
+    }
+  };
+
+  // All candidates of an expert.
+  struct Gathered {
+    int32_t* token;
+    acc_t *p, *score;
+
+    Gathered(Arena& arena, int64_t count, bool ranked) {
+      token = arena.take<int32_t>(count);
+      p = arena.take<acc_t>(count);
+      score = ranked ? arena.take<acc_t>(count) : p;
     }
   };
 
@@ -229,17 +276,13 @@ class Router {
 
   // The experts whose bound a row reaches.
   auto reaching(const std::vector<acc_t>& bounds) const {
-    return [&bounds, this](const acc_t* p, acc_t*, const auto& emit) {
-      for (int64_t e = 0; e < experts_; e += kRowBlock) {
-        for (uint64_t mask = at_least(p + e, bounds.data() + e); mask != 0; mask &= mask - 1) {
-          emit(e + std::countr_zero(mask), acc_t(0));
-        }
-      }
+    return [&bounds, this](const acc_t* p, acc_t*, int32_t base, int32_t* places) {
+      return write_places(p, bounds.data(), padded(experts_), base, places);
     };
   }
 
-  // The candidates among the rows row_of(0) to row_of(count - 1): choose(p, scratch row, emit) calls
-  // emit(expert, rank) for each expert that a row is a candidate of.
+  // The candidates among the rows row_of(0) to row_of(count - 1): choose(p, scratch row, base, places) writes
+  // base + expert for each expert that a row is a candidate of, first choices first, and returns their end.
   template <typename RowOf, typename Choose>
   Candidates collect(int64_t count, bool ranked, const RowOf& row_of, const Choose& choose) const {
     const int64_t rows = std::clamp<int64_t>(count / at::get_num_threads(), 64, chunk_rows());
@@ -255,31 +298,37 @@ class Router {
       Arena arena = memory.arena();
       const Scratch scratch(arena, experts_, rows, ranked);
       const RowSoftmax<scalar_t> softmax(logits_, arena);
-      const int64_t size = padded(experts_);
-      std::fill_n(scratch.p, kRowsAtOnce * size, acc_t(0));
+      const int bits = row_bits(experts_);
+      std::fill_n(scratch.p, kRowsAtOnce << bits, acc_t(0));
       std::fill_n(scratch.count, experts_, 0);
       const int64_t end = std::min(count, (c + 1) * rows);
       for (int64_t first = c * rows; first < end; first += kRowsAtOnce) {
         const int64_t block = std::min(kRowsAtOnce, end - first);
         bool block_good = true;
+        int32_t row[kRowsAtOnce], *begin[kRowsAtOnce + 1] = {scratch.places};
         for (int64_t i = 0; i < block; ++i) {
-          block_good &= softmax(row_of(first + i), scratch.p + i * size);
+          if (first + i + kRowsAhead < end) {
+            softmax.prefetch(row_of(first + i + kRowsAhead));
+          }
+          row[i] = static_cast<int32_t>(row_of(first + i));
+          block_good &= softmax(row[i], scratch.p + (i << bits));
         }
         if (!block_good) {
           good = false;
           return;
         }
         for (int64_t i = 0; i < block; ++i) {
-          const acc_t* p = scratch.p + i * size;
-          const auto row = static_cast<int32_t>(row_of(first + i));
-          choose(p, scratch.scores, [&](int64_t e, acc_t rank) {
-            const int64_t at = e * list_stride(rows) + scratch.count[e]++;
-            scratch.token[at] = row;
-            scratch.found[at] = p[e];
-            if (ranked) {
-              scratch.rank[at] = rank;
-            }
-          });
+          const auto base = static_cast<int32_t>(i << bits);
+          begin[i + 1] = choose(scratch.p + base, scratch.scores, base, begin[i]);
+        }
+        for (const int32_t* place = scratch.places; place < begin[block]; ++place) {
+          const int64_t i = *place >> bits, e = *place & ((1 << bits) - 1);
+          const int64_t at = e * list_stride(rows) + scratch.count[e]++;
+          scratch.token[at] = row[i];
+          scratch.found[at] = scratch.p[*place];
+          if (ranked) {
+            scratch.rank[at] = static_cast<acc_t>(experts_ - (place - begin[i]));
+          }
         }
       }
       found.chunks[c] = packed(scratch, rows, ranked);
@@ -321,24 +370,32 @@ class Router {
       }
       return;
     }
-    const ThreadScratch memory(count * static_cast<int64_t>(sizeof(acc_t)));
-    acc_t* scores = memory.arena().template take<acc_t>(count);
-    acc_t* end = scores;
+    // One behind the other first: the pieces are short, and read one value at a time each would miss the
+    // cache.
+    const bool ranked = found.chunks[0].rank != nullptr;
+    Arena size;
+    Gathered(size, count, ranked);
+    const ThreadScratch memory(size.used());
+    Arena arena = memory.arena();
+    const Gathered all(arena, count, ranked);
+    int64_t at = 0;
     for (const auto& chunk : found.chunks) {
-      end = std::copy_n(chunk.score() + chunk.start[e], chunk.count(e), end);
-    }
-    const acc_t bound = bound_of_best(scores, count, capacity);
-    int64_t ties = capacity - count_if(scores, count, [&](acc_t x) { return x > bound; });
-    int64_t taken = 0;
-    for (const auto& chunk : found.chunks) {
-      const acc_t* score = chunk.score();
-      for (int64_t i = chunk.start[e]; i < chunk.start[e + 1] && taken < capacity; ++i) {
-        token[taken] = chunk.token[i];
-        weight[taken] = chunk.p[i];
-        const bool tied = score[i] == bound;
-        taken += (score[i] > bound) | (tied & (ties > 0));
-        ties -= tied;
+      const int64_t start = chunk.start[e], size = chunk.count(e);
+      std::copy_n(&chunk.token[start], size, all.token + at);
+      std::copy_n(&chunk.p[start], size, all.p + at);
+      if (ranked) {
+        std::copy_n(&chunk.rank[start], size, all.score + at);
       }
+      at += size;
+    }
+    const acc_t bound = bound_of_best(all.score, count, capacity);
+    int64_t ties = capacity - count_if(all.score, count, [&](acc_t x) { return x > bound; });
+    for (int64_t i = 0, taken = 0; taken < capacity; ++i) {
+      token[taken] = all.token[i];
+      weight[taken] = all.p[i];
+      const bool tied = all.score[i] == bound;
+      taken += (all.score[i] > bound) | (tied & (ties > 0));
+      ties -= tied;
     }
   }
 
@@ -409,9 +466,9 @@ class Router {
     constexpr int64_t kSample = 1024, kWorthASample = 16 * kSample;
     std::vector<acc_t> bounds(padded(experts_), kInfinity);
     std::fill_n(bounds.begin(), experts_, acc_t(0));
-    // Of the sample, this many are expected among the best; five standard deviations more make sure.
+    // Of the sample, this many are expected among the best; four standard deviations more make sure.
     const double expected = static_cast<double>(kSample) * static_cast<double>(capacity) / size;
-    const int64_t wanted = static_cast<int64_t>(expected + 5 * std::sqrt(expected)) + 5;
+    const int64_t wanted = static_cast<int64_t>(expected + 4 * std::sqrt(expected)) + 3;
     if (size < kWorthASample || wanted > kSample / 4) {
       return bounds;
     }
