@@ -305,16 +305,7 @@ class Decode {
 }  // namespace
 
 void span_attention_decode(const SpanForward& args) {
-  switch (args.problem.dtype) {
-    case at::kDouble:
-      return Decode<double>(args).run();
-    case at::kFloat:
-      return Decode<float>(args).run();
-    case at::kHalf:
-      return Decode<at::Half>(args).run();
-    default:
-      return Decode<at::BFloat16>(args).run();
-  }
+  with_scalar(args.problem.dtype, [&](auto scalar) { Decode<decltype(scalar)>(args).run(); });
 }
 
 }  // namespace pyvlm::CPU_CAPABILITY

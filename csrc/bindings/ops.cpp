@@ -5,6 +5,7 @@
 
 #include "attention/span_attention.h"
 #include "moe/routing.h"
+#include "moe/expert_mlp.h"
 
 TORCH_LIBRARY(pyvlm, m) {
   m.def(
@@ -32,6 +33,15 @@ TORCH_LIBRARY(pyvlm, m) {
   m.def(
       "merge_routings(Tensor[] token, Tensor[] expert_offsets, Tensor[] rows, int num_tokens) -> "
       "(Tensor order, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+  m.def(
+      "expert_mlp(Tensor x, Tensor token, Tensor weight, Tensor expert_offsets, Tensor token_offsets, Tensor "
+      "slot, Tensor gate_up, Tensor down, str activation, bool gated, Tensor? gate_up_bias, Tensor? "
+      "down_bias, bool keep_hidden) -> (Tensor y, Tensor hidden)");
+  m.def(
+      "expert_mlp_backward(Tensor grad_y, Tensor x, Tensor hidden, Tensor token, Tensor weight, Tensor "
+      "expert_offsets, Tensor token_offsets, Tensor slot, Tensor gate_up, Tensor down, str activation, bool "
+      "gated, Tensor? gate_up_bias, Tensor? down_bias, bool[6] needs) -> (Tensor grad_x, Tensor grad_weight, "
+      "Tensor grad_gate_up, Tensor grad_down, Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
@@ -42,6 +52,8 @@ TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
   m.impl("threshold_choice", &pyvlm::threshold_choice_cpu);
   m.impl("routing_backward", &pyvlm::routing_backward_cpu);
   m.impl("merge_routings", &pyvlm::merge_routings_cpu);
+  m.impl("expert_mlp", &pyvlm::expert_mlp_cpu);
+  m.impl("expert_mlp_backward", &pyvlm::expert_mlp_backward_cpu);
 }
 
 namespace {

@@ -142,4 +142,52 @@ inline void store_a_row(const Operand<typename Gemm::op_t>& a, int64_t m, int64_
   }
 }
 
+// Calls f(scalar) with the tensors' type.
+template <typename F>
+void with_scalar(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f(double());
+    case at::kFloat:
+      return f(float());
+    case at::kHalf:
+      return f(at::Half());
+    default:
+      return f(at::BFloat16());
+  }
+}
+
+// Calls f(scalar, engine) with the tensors' type and the GEMM engine that this machine has for it.
+template <typename F>
+void with_engine(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f(double(), Fp64Gemm());
+    case at::kFloat:
+#if PYVLM_HAS_AMX
+      if (has_amx()) {
+        return f(float(), AmxGemm<3>());
+      }
+#endif
+      return f(float(), Brgemm<float>());
+    case at::kHalf:
+#if PYVLM_HAS_AMX
+      if (has_amx()) {
+        return f(at::Half(), AmxGemm<2>());
+      }
+#endif
+      return f(at::Half(), Brgemm<float>());
+    default:
+#if PYVLM_HAS_AMX
+      if (has_amx()) {
+        return f(at::BFloat16(), AmxGemm<1>());
+      }
+#endif
+      if (has_bf16_dot()) {
+        return f(at::BFloat16(), Brgemm<at::BFloat16>());
+      }
+      return f(at::BFloat16(), Brgemm<float>());
+  }
+}
+
 }  // namespace pyvlm::CPU_CAPABILITY

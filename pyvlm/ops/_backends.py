@@ -16,6 +16,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_choice": {"native": ("cpu",)},
     "threshold_choice": {"native": ("cpu",)},
     "merge_routings": {"native": ("cpu",)},
+    "expert_mlp": {"native": ("cpu",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

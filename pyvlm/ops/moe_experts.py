@@ -5,10 +5,12 @@ Shape legend
     G groups of consecutive tokens · N tokens in a group · P slots an expert (soft MoE)
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from pyvlm import _native
 from pyvlm.ops import _backends
 from pyvlm.ops._moe_checks import check_experts, check_routing_values
 from pyvlm.ops.moe import Routing
@@ -42,7 +44,7 @@ def expert_mlp(
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (its square).
         gate_up_bias: [E, 2I] or [E, I].
         down_bias: [E, H].
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "native".
 
     Returns:
         [T, H] in the dtype of x (of autocast, where that is on); zero where a token has no expert.
@@ -65,10 +67,16 @@ def expert_mlp(
         raise ValueError(
             f"the routing is on {routing.token.device} and x on {x.device}: move them to one device"
         )
-    check_routing_values(routing)
-    _backends.resolve("expert_mlp", backend, x.device)
     tensors = (routing.token, routing.weight, routing.expert_offsets, routing.token_offsets, routing.slot)
-    return reference.expert_mlp(x, tensors, gate_up, down, activation, gated, gate_up_bias, down_bias)
+    if _backends.resolve("expert_mlp", backend, x.device) == "reference":
+        check_routing_values(routing)
+        return reference.expert_mlp(x, tensors, gate_up, down, activation, gated, gate_up_bias, down_bias)
+    differentiable = (x, routing.weight, gate_up, down, gate_up_bias, down_bias)
+    keep_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    y, _ = torch.ops.pyvlm.expert_mlp(
+        x, *tensors, gate_up, down, activation, gated, gate_up_bias, down_bias, keep_hidden
+    )
+    return y
 
 
 def soft_moe(
@@ -115,3 +123,74 @@ def soft_moe(
         )
     _backends.resolve("soft_moe", backend, x.device)
     return reference.soft_moe(x, phi, gate_up, down, scale, activation, gated, gate_up_bias, down_bias)
+
+
+def _fake(
+    x: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    slot: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: bool,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty((len(token), gate_up.shape[1]) if keep_hidden else 0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), hidden
+
+
+def _fake_backward(grad_y: Tensor, x: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weight, gate_up, down, gate_up_bias, down_bias, needs = (args[i] for i in (1, 5, 6, 9, 10, 11))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
+        for t, needed in zip((x, weight, gate_up, down, gate_up_bias, down_bias), needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, ctx.gated, gate_up_bias, down_bias, _ = inputs
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, gate_up_bias, down_bias, hidden)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 13
+    x, *routing, gate_up, down, gate_up_bias, down_bias, hidden = ctx.saved_tensors
+    differentiable = (0, 2, 6, 7, 10, 11)  # x, weight, gate_up, down and the biases among the inputs
+    needs = [ctx.needs_input_grad[i] for i in differentiable]
+    grads: list[Tensor | None] = [None] * 13
+    found = torch.ops.pyvlm.expert_mlp_backward(
+        grad_y,
+        x,
+        hidden,
+        *routing,
+        gate_up,
+        down,
+        ctx.activation,
+        ctx.gated,
+        gate_up_bias,
+        down_bias,
+        needs,
+    )
+    for i, needed, grad in zip(differentiable, needs, found, strict=True):
+        grads[i] = grad if needed else None
+    return tuple(grads)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError('expert_mlp has no second derivative but in its reference: use backend="reference"')
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.register_fake("pyvlm::expert_mlp", _fake)
+    torch.library.register_fake("pyvlm::expert_mlp_backward", _fake_backward)
+    torch.library.register_autograd("pyvlm::expert_mlp", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pyvlm::expert_mlp_backward", _refuse_second_derivative)

@@ -1,0 +1,208 @@
+// What the forward and the backward of experts share: how slots are cut, and the one loop that multiplies.
+//
+// One operand of a product is resident: packed beforehand, in groups of 32 rows or columns, of which a chunk
+// stays in L2. The other, mostly weights, streams past it: panels of 64, packed into L1 a few channels deep.
+// Each panel is so read once a chunk, and nothing but tiles is ever padded.
+#pragma once
+
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/arena.h"
+#include "common/pack.h"
+#include "common/parallel.h"
+#include "moe/activations.h"
+
+namespace pyvlm::CPU_CAPABILITY {
+
+inline constexpr int64_t kGroup = 32, kPanel = 64;
+inline constexpr int64_t kChunk = 256;      // slots, or columns, that are resident at once
+inline constexpr int64_t kPanelsAtOnce = 4;  // whose sums wait in L2 while the depth is worked through
+
+// Shared scratch memory of a call.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : data_(c10::GetCPUAllocator()->allocate(count * sizeof(T))) {}
+  T* data() const { return static_cast<T*>(data_.get()); }
+
+ private:
+  at::DataPtr data_;
+};
+
+// Operands of one size, one behind the other.
+template <typename Gemm>
+struct Operands {
+  using op_t = typename Gemm::op_t;
+  int64_t size = 0, ld = 0, plane = 0;
+  Buffer<op_t> buffer;
+
+  Operands() = default;
+  Operands(int64_t count, int64_t operand_size, int64_t operand_ld)
+      : size(operand_size), ld(operand_ld), plane(count * operand_size), buffer(Gemm::kPlanes * plane) {}
+  Operand<op_t> operator[](int64_t i) const { return {buffer.data() + i * size, ld, plane}; }
+};
+
+// Consecutive slots of an expert. Groups are numbered through all chunks of a batch.
+struct Chunk {
+  int64_t expert, first, slots, group;
+
+  int64_t groups() const { return (slots + kGroup - 1) / kGroup; }
+};
+
+// Experts whose scratch memory is there at the same time.
+struct Batch {
+  int64_t first_expert, experts;
+  std::vector<Chunk> chunks;
+  int64_t groups = 0;
+  std::vector<int64_t> first_group;  // of each expert, and the end
+};
+
+inline std::vector<Batch> make_batches(const ExpertProblem& p) {
+  // Enough for all threads; more slots would only take more memory, whose first touch costs.
+  const int64_t limit = 1024 * at::get_num_threads();
+  std::vector<Batch> batches;
+  int64_t slots = 0;
+  for (int64_t e = 0; e < p.E; ++e) {
+    const int64_t first = p.expert_offsets[e], count = p.expert_offsets[e + 1] - first;
+    if (batches.empty() || slots + count > limit) {
+      batches.push_back({e, 0, {}, 0, {0}});
+      slots = 0;
+    }
+    Batch& batch = batches.back();
+    const int64_t pieces = std::max<int64_t>(1, (count + kChunk - 1) / kChunk);
+    const int64_t piece = round_up((count + pieces - 1) / pieces, kGroup);
+    for (int64_t at = 0; at < count; at += piece) {
+      batch.chunks.push_back({e, first + at, std::min(piece, count - at), batch.groups});
+      batch.groups += batch.chunks.back().groups();
+    }
+    batch.experts += 1;
+    batch.first_group.push_back(batch.groups);
+    slots += count;
+  }
+  return batches;
+}
+
+template <typename Gemm>
+struct Blocking {
+  static constexpr int64_t kBytes = sizeof(typename Gemm::op_t) * Gemm::kPlanes;
+  // Channels of a panel that are packed at once: 32 KB, two thirds of L1.
+  static constexpr int64_t kStep = (32 << 10) / (kPanel * kBytes) / 32 * 32;
+
+  // Channels of a chunk that are resident: half of L2.
+  static int64_t depth(int64_t K) {
+    const int64_t parts = (K * kChunk * kBytes + (1 << 20) - 1) / (1 << 20);
+    return round_up((K + parts - 1) / std::max<int64_t>(parts, 1), kStep);
+  }
+};
+
+template <typename Gemm>
+struct PanelScratch {
+  Operand<typename Gemm::op_t> panel;
+  typename Gemm::acc_t* sums;  // [kPanelsAtOnce, groups of a chunk, a panel times a group]
+
+  explicit PanelScratch(Arena& arena) {
+    const int64_t size = kPanel * Blocking<Gemm>::kStep;
+    panel = {arena.take<typename Gemm::op_t>(Gemm::kPlanes * size), 0, size};
+    sums = arena.take<typename Gemm::acc_t>(kPanelsAtOnce * kChunk * kPanel);
+  }
+  typename Gemm::acc_t* sum(int64_t panel, int64_t group) const {
+    return sums + (panel * (kChunk / kGroup) + group) * kGroup * kPanel;
+  }
+};
+
+enum class Streamed { a, b };
+
+// Sums of `panels` panels with `groups` resident groups: [panel, group] where A streams, else [group, panel].
+// pack(to, i, k, count) packs channels k to k + count of panel i.
+template <typename Gemm, Streamed streamed, typename Pack>
+void multiply_panels(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups, int64_t K,
+                     const Operand<typename Gemm::op_t>& resident, int64_t group_size, const Pack& pack) {
+  constexpr int64_t step = Blocking<Gemm>::kStep;
+  if (K == 0) {
+    std::fill(x.sums, x.sums + kPanelsAtOnce * kChunk * kPanel, typename Gemm::acc_t(0));
+    return;
+  }
+  const int64_t depth = Blocking<Gemm>::depth(K);
+  Operand<typename Gemm::op_t> panel = x.panel;
+  panel.ld = streamed == Streamed::a ? step : kPanel;
+  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+    for (int64_t i = 0; i < panels; ++i) {
+      for (int64_t k = k0; k < std::min(k0 + depth, K); k += step) {
+        const int64_t count = std::min({step, k0 + depth - k, K - k});
+        pack(panel, i, k, count);
+        for (int64_t g = 0; g < groups; ++g) {
+          const auto group = resident.from(g * group_size + k * (streamed == Streamed::a ? kGroup : 1));
+          if constexpr (streamed == Streamed::a) {
+            Gemm::multiply({kPanel, kGroup, count, panel, group, x.sum(i, g), kGroup, k > 0});
+          } else {
+            Gemm::multiply({kGroup, kPanel, count, group, panel, x.sum(i, g), kPanel, k > 0});
+          }
+        }
+      }
+    }
+  }
+}
+
+// Calls work(scratch, i, first_panel, panels) for all panels of each of `count` chunks, in tasks of a few
+// panels. Chunks of an expert come one after the other, so that threads at work share its weights.
+template <typename Scratch, typename Work>
+void for_panels(int64_t count, int64_t panels, int64_t work_of_panel, const Work& work) {
+  const int64_t rounds = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  const int64_t parts =
+      std::clamp<int64_t>(8 * at::get_num_threads() / std::max<int64_t>(count, 1), 1, std::max<int64_t>(rounds, 1));
+  Arena size;
+  Scratch measured(size);
+  run_tasks(count * parts, work_of_panel * panels / parts, [&](TaskQueue& queue) {
+    const ThreadScratch memory(size.used());
+    Arena arena = memory.arena();
+    const Scratch scratch(arena);
+    for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
+      const int64_t i = task % count, part = task / count;
+      for (int64_t round = rounds * part / parts; round < rounds * (part + 1) / parts; ++round) {
+        const int64_t first = round * kPanelsAtOnce;
+        work(scratch, i, first, std::min(kPanelsAtOnce, panels - first));
+      }
+    }
+  });
+}
+
+// Rows of [T, H] by their numbers, one behind the other, `ld` apart.
+template <typename scalar_t>
+void gather_rows(scalar_t* to, int64_t ld, const void* rows, int64_t width, const int32_t* index, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const scalar_t* from = static_cast<const scalar_t*>(rows) + index[i] * width;
+    std::copy(from, from + width, to + i * ld);
+  }
+}
+
+// out[t] = the sum of the rows of token t's slots, in their order.
+template <typename scalar_t, typename acc_t>
+void sum_slots(const ExpertProblem& p, const acc_t* rows, void* out) {
+  constexpr int64_t kTokens = 16;
+  using V = Vec<acc_t>;
+  run_tasks((p.T + kTokens - 1) / kTokens, kTokens * p.H * (1 + p.S / std::max<int64_t>(p.T, 1)), [&](TaskQueue& queue) {
+    const ThreadScratch memory(p.H * sizeof(acc_t));
+    acc_t* sum = memory.arena().template take<acc_t>(p.H);
+    for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
+      for (int64_t t = task * kTokens; t < std::min((task + 1) * kTokens, p.T); ++t) {
+        const int32_t *slot = p.slot + p.token_offsets[t], *end = p.slot + p.token_offsets[t + 1];
+        if (slot == end) {
+          std::fill(sum, sum + p.H, acc_t(0));
+        } else {
+          std::copy(rows + *slot * p.H, rows + (*slot + 1) * p.H, sum);
+        }
+        for (++slot; slot < end; ++slot) {
+          const acc_t* row = rows + *slot * p.H;
+          at::vec::map2<acc_t>([](V a, V b) { return a + b; }, sum, sum, row, p.H);
+        }
+        at::vec::convert(sum, static_cast<scalar_t*>(out) + t * p.H, p.H);
+      }
+    }
+  });
+}
+
+}  // namespace pyvlm::CPU_CAPABILITY

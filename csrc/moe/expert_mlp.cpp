@@ -1,0 +1,174 @@
+// Tensors in, tensors out: checks what the kernels rely on, lays inputs out, makes the outputs.
+#include "moe/expert_mlp.h"
+
+#include <ATen/ATen.h>
+
+namespace pyvlm {
+namespace {
+
+Activation parse_activation(std::string_view name) {
+  constexpr std::pair<std::string_view, Activation> kNames[] = {{"silu", Activation::silu},
+                                                                {"gelu", Activation::gelu},
+                                                                {"gelu_tanh", Activation::gelu_tanh},
+                                                                {"relu", Activation::relu},
+                                                                {"relu2", Activation::relu2}};
+  for (const auto& [known, activation] : kNames) {
+    if (name == known) {
+      return activation;
+    }
+  }
+  TORCH_CHECK(false, "expert_mlp: activation '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");
+}
+
+// Offsets that the kernels index by without looking again.
+void check_offsets(const char* name, const at::Tensor& offsets, int64_t count, int64_t end) {
+  TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.sizes() == at::IntArrayRef({count + 1}),
+              "expert_mlp: ", name, " are ", offsets.scalar_type(), " ", offsets.sizes(),
+              "; expected int32 [", count + 1, "]");
+  const int32_t* value = offsets.const_data_ptr<int32_t>();
+  bool rises = value[0] == 0 && value[count] == end;
+  for (int64_t i = 0; i < count; ++i) {
+    rises = rises && value[i] <= value[i + 1];
+  }
+  TORCH_CHECK_VALUE(rises, "Routing.", name, " must rise from 0 to ", end, ", the number of slots, and end in ",
+                    value[count]);
+}
+
+void check_indices(const char* name, const at::Tensor& index, int64_t slots, int64_t end) {
+  TORCH_CHECK(index.scalar_type() == at::kInt && index.sizes() == at::IntArrayRef({slots}), "expert_mlp: ",
+              name, " is ", index.scalar_type(), " ", index.sizes(), "; expected int32 [", slots, "]");
+  const int32_t* value = index.const_data_ptr<int32_t>();
+  for (int64_t s = 0; s < slots; ++s) {
+    TORCH_CHECK_VALUE(value[s] >= 0 && value[s] < end, "Routing.", name, " holds ", value[s], " at slot ", s,
+                      ", outside 0 to ", end - 1);
+  }
+}
+
+// Holds the contiguous tensors that an ExpertProblem points into.
+struct Problem : ExpertProblem {
+  std::vector<at::Tensor> held;
+
+  const at::Tensor& hold(const at::Tensor& t) {
+    held.push_back(t.contiguous());
+    return held.back();
+  }
+};
+
+Problem make_problem(const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight,
+                     const at::Tensor& expert_offsets, const at::Tensor& token_offsets, const at::Tensor& slot,
+                     const at::Tensor& gate_up, const at::Tensor& down, std::string_view activation, bool gated,
+                     const std::optional<at::Tensor>& gate_up_bias,
+                     const std::optional<at::Tensor>& down_bias) {
+  TORCH_CHECK(x.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && gate_up.size(2) == x.size(1),
+              "expert_mlp: x is ", x.sizes(), ", gate_up ", gate_up.sizes(), ", down ", down.sizes(),
+              "; expected [T, H], [E, U, H], [E, H, I]");
+  Problem p;
+  p.T = x.size(0), p.H = x.size(1), p.S = token.numel(), p.E = gate_up.size(0), p.U = gate_up.size(1);
+  p.I = gated ? p.U / 2 : p.U;
+  p.gated = gated;
+  p.activation = parse_activation(activation);
+  p.dtype = x.scalar_type();
+  TORCH_CHECK((!gated || p.U % 2 == 0) && down.sizes() == at::IntArrayRef({p.E, p.H, p.I}),
+              "expert_mlp: down is ", down.sizes(), " beside gate_up ", gate_up.sizes(), "; expected [", p.E,
+              ", ", p.H, ", ", p.I, "]");
+  TORCH_CHECK(p.dtype == at::kFloat || p.dtype == at::kBFloat16 || p.dtype == at::kHalf || p.dtype == at::kDouble,
+              "expert_mlp: x is ", p.dtype, "; expected float32, bfloat16, float16 or float64");
+  for (const at::Tensor* t : {&gate_up, &down}) {
+    TORCH_CHECK(t->scalar_type() == p.dtype, "expert_mlp: weights are ", t->scalar_type(), " and x is ", p.dtype);
+  }
+  const auto bias = [&](const std::optional<at::Tensor>& given, int64_t rows) -> const void* {
+    if (!given.has_value()) {
+      return nullptr;
+    }
+    TORCH_CHECK(given->sizes() == at::IntArrayRef({p.E, rows}) && given->scalar_type() == p.dtype,
+                "expert_mlp: a bias is ", given->scalar_type(), " ", given->sizes(), "; expected ", p.dtype,
+                " [", p.E, ", ", rows, "]");
+    return p.hold(*given).const_data_ptr();
+  };
+  p.up_bias = bias(gate_up_bias, p.U);
+  p.down_bias = bias(down_bias, p.H);
+  const auto ints = [&](const at::Tensor& t) { return p.hold(t).const_data_ptr<int32_t>(); };
+  check_offsets("expert_offsets", expert_offsets, p.E, p.S);
+  check_offsets("token_offsets", token_offsets, p.T, p.S);
+  check_indices("token", token, p.S, p.T);
+  check_indices("slot", slot, p.S, p.S);
+  TORCH_CHECK(weight.sizes() == token.sizes(), "expert_mlp: weight is ", weight.sizes(), "; expected ",
+              token.sizes());
+  p.token = ints(token), p.slot = ints(slot);
+  p.expert_offsets = ints(expert_offsets), p.token_offsets = ints(token_offsets);
+  p.weight = p.hold(weight.to(p.dtype == at::kDouble ? at::kDouble : at::kFloat)).const_data_ptr();
+  p.x = p.hold(x).const_data_ptr();
+  p.gate_up = p.hold(gate_up).const_data_ptr();
+  p.down = p.hold(down).const_data_ptr();
+  return p;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(
+    const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight, const at::Tensor& expert_offsets,
+    const at::Tensor& token_offsets, const at::Tensor& slot, const at::Tensor& gate_up,
+    const at::Tensor& down, std::string_view activation, bool gated,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    bool keep_hidden) {
+  const Problem p = make_problem(x, token, weight, expert_offsets, token_offsets, slot, gate_up, down,
+                                 activation, gated, gate_up_bias, down_bias);
+  at::Tensor y = at::empty({p.T, p.H}, x.options());
+  at::Tensor hidden = keep_hidden ? at::empty({p.S, p.U}, x.options()) : at::empty({0}, x.options());
+  const ExpertForward args{p, y.data_ptr(), keep_hidden ? hidden.data_ptr() : nullptr};
+  int64_t most = 0;
+  for (int64_t e = 0; e < p.E; ++e) {
+    most = std::max<int64_t>(most, p.expert_offsets[e + 1] - p.expert_offsets[e]);
+  }
+  // Tokens of an expert up to which reading its weights takes longer than multiplying, row by row.
+  constexpr int64_t kMaxDecodeTokens = 8;
+  if (most <= kMaxDecodeTokens) {
+    PYVLM_DISPATCH_ISA(expert_mlp_decode, args);
+  } else {
+    PYVLM_DISPATCH_ISA(expert_mlp_forward, args);
+  }
+  return {y, hidden};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
+    const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& hidden, const at::Tensor& token,
+    const at::Tensor& weight, const at::Tensor& expert_offsets, const at::Tensor& token_offsets,
+    const at::Tensor& slot, const at::Tensor& gate_up, const at::Tensor& down, std::string_view activation,
+    bool gated, const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    std::array<bool, 6> needs) {
+  Problem p = make_problem(x, token, weight, expert_offsets, token_offsets, slot, gate_up, down, activation,
+                           gated, gate_up_bias, down_bias);
+  TORCH_CHECK(grad_y.sizes() == x.sizes() && hidden.sizes() == at::IntArrayRef({p.S, p.U}) &&
+                  hidden.scalar_type() == p.dtype,
+              "expert_mlp_backward: grad_y is ", grad_y.sizes(), " and hidden ", hidden.scalar_type(), " ",
+              hidden.sizes(), "; expected ", x.sizes(), " and ", p.dtype, " [", p.S, ", ", p.U, "]");
+  const at::Tensor empty = at::empty({0}, x.options());
+  const auto grad = [&](int which, const at::Tensor& like) {
+    return needs[which] ? at::empty_like(like, at::MemoryFormat::Contiguous) : empty;
+  };
+  at::Tensor grads[] = {grad(0, x),
+                        needs[1] ? at::empty({p.S}, p.held.empty() ? x.options() : x.options().dtype(
+                                       p.dtype == at::kDouble ? at::kDouble : at::kFloat))
+                                 : empty,
+                        grad(2, gate_up),
+                        grad(3, down),
+                        gate_up_bias.has_value() ? grad(4, *gate_up_bias) : empty,
+                        down_bias.has_value() ? grad(5, *down_bias) : empty};
+  const auto data = [](at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
+  const ExpertBackward args{p,
+                            p.hold(grad_y.to(p.dtype)).const_data_ptr(),
+                            p.hold(hidden).const_data_ptr(),
+                            data(grads[0]),
+                            data(grads[1]),
+                            data(grads[2]),
+                            data(grads[3]),
+                            data(grads[4]),
+                            data(grads[5])};
+  PYVLM_DISPATCH_ISA(expert_mlp_backward, args);
+  if (needs[1]) {
+    grads[1] = grads[1].to(weight.scalar_type());
+  }
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+}
+
+}  // namespace pyvlm

@@ -1,0 +1,352 @@
+// The backward of experts. A row of the products that make the gradients of tokens is a token: there the
+// weights are the operand that comes in pairs of rows, which is a cheaper way to pack them than to transpose
+// them. The gradients of weights sum over an expert's slots.
+//
+//   G = dY·W2, dw = <G, act>, dH = the activation's slope times w·G, dX = dH·W1
+//   dW2 = (dY)ᵀ·(w·act), dW1 = dHᵀ·X
+#include "moe/expert_gemm.h"
+
+namespace pyvlm::CPU_CAPABILITY {
+namespace {
+
+template <typename scalar_t, typename Gemm>
+class Backward {
+ public:
+  explicit Backward(const ExpertBackward& args)
+      : a_(args),
+        p_(args.problem),
+        halves_(p_.gated ? 2 : 1),
+        depth_(round_up(p_.H, kPanel)),
+        width_(round_up(p_.I, kPanel)),
+        panels_(width_ / kPanel),
+        rows_(a_.grad_x != nullptr ? p_.S * p_.H : 0) {}
+
+  void run() {
+    const std::vector<Batch> batches = make_batches(p_);
+    int64_t groups = 0, chunks = 0;
+    for (const Batch& batch : batches) {
+      groups = std::max(groups, batch.groups);
+      chunks = std::max<int64_t>(chunks, batch.chunks.size());
+    }
+    const int64_t hidden = halves_ * width_;
+    // Rows that are an odd number of cache lines apart: a power of two would put them all into one set of L1.
+    constexpr int64_t line = 64 / sizeof(op_t);
+    grad_y_ = Operands<Gemm>(groups, kGroup * (depth_ + line), depth_ + line);
+    if (a_.grad_x != nullptr) {
+      grad_hidden_ = Operands<Gemm>(groups, kGroup * (hidden + line), hidden + line);
+    }
+    if (a_.grad_down != nullptr) {
+      grad_y_t_ = Operands<Gemm>(groups, kGroup * depth_, kGroup);
+      act_ = Operands<Gemm>(width_ / kGroup, groups * kGroup * kGroup, kGroup);
+    }
+    if (a_.grad_gate_up != nullptr) {
+      grad_hidden_t_ = Operands<Gemm>(groups, kGroup * hidden, kGroup);
+      x_ = Operands<Gemm>(depth_ / kGroup, groups * kGroup * kGroup, kGroup);
+    }
+    grad_weights_ = Buffer<acc_t>(panels_ * groups * kGroup);
+    grad_biases_ = Buffer<acc_t>(chunks * hidden);
+    for (const Batch& batch : batches) {
+      pack_tokens(batch);
+      grad_hidden(batch);
+      if (a_.grad_weight != nullptr) {
+        grad_weight(batch);
+      }
+      if (a_.grad_x != nullptr) {
+        grad_x(batch);
+      }
+      if (a_.grad_down != nullptr) {
+        grad_down(batch);
+      }
+      if (a_.grad_gate_up != nullptr) {
+        grad_gate_up(batch);
+      }
+      grad_biases(batch);
+    }
+    if (a_.grad_x != nullptr) {
+      sum_slots<scalar_t>(p_, rows_.data(), a_.grad_x);
+    }
+  }
+
+ private:
+  using op_t = typename Gemm::op_t;
+  using acc_t = typename Gemm::acc_t;
+  using V = Vec<acc_t>;
+  using Scratch = PanelScratch<Gemm>;
+  static constexpr Precision kPrecision =
+      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+
+  // A panel's products with a group, and what they become: [32 slots, 64 channels] each.
+  struct TileScratch : PanelScratch<Gemm> {
+    acc_t *act, *grads[2], *hidden[2];
+
+    explicit TileScratch(Arena& arena) : PanelScratch<Gemm>(arena) {
+      for (acc_t** tile : {&act, &grads[0], &grads[1], &hidden[0], &hidden[1]}) {
+        *tile = arena.take<acc_t>(kGroup * kPanel);
+      }
+    }
+  };
+
+  static const scalar_t* at(const void* tensor, int64_t offset) {
+    return static_cast<const scalar_t*>(tensor) + offset;
+  }
+  const acc_t* weight(int64_t slot) const { return static_cast<const acc_t*>(p_.weight) + slot; }
+
+  void pack_tokens(const Batch& batch) const {
+    run_tasks(batch.chunks.size(), kChunk * p_.H, [&](TaskQueue& queue) {
+      const ThreadScratch memory(kGroup * p_.H * sizeof(scalar_t));
+      scalar_t* rows = memory.arena().template take<scalar_t>(kGroup * p_.H);
+      for (int64_t i = queue.next(); i >= 0; i = queue.next()) {
+        const Chunk& chunk = batch.chunks[i];
+        for (int64_t g = 0; g < chunk.groups(); ++g) {
+          const int64_t count = std::min(kGroup, chunk.slots - g * kGroup), group = chunk.group + g;
+          const int32_t* token = p_.token + chunk.first + g * kGroup;
+          gather_rows(rows, p_.H, a_.grad_y, p_.H, token, count);
+          pack_a<Gemm>(grad_y_[group], rows, p_.H, count, p_.H, kGroup, depth_);
+          if (a_.grad_down != nullptr) {
+            pack_a_transposed<Gemm>(grad_y_t_[group], rows, p_.H, count, p_.H, kGroup, depth_);
+          }
+          if (a_.grad_gate_up != nullptr) {
+            gather_rows(rows, p_.H, p_.x, p_.H, token, count);
+            for (int64_t c = 0; c < depth_; c += kGroup) {
+              pack_b<Gemm>(x_[c / kGroup].from(group * kGroup * kGroup), rows + c, p_.H, count,
+                           std::clamp<int64_t>(p_.H - c, 0, kGroup), kGroup, kGroup);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  void grad_hidden(const Batch& batch) const {
+    for_panels<TileScratch>(batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
+                            [&](const TileScratch& x, int64_t i, int64_t first, int64_t count) {
+      [[maybe_unused]] const typename Gemm::Session session;
+      const Chunk& chunk = batch.chunks[i];
+      const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
+      const auto pack = [&](const Operand<op_t>& to, int64_t panel, int64_t k, int64_t depth) {
+        const int64_t c = (first + panel) * kPanel;
+        pack_b<Gemm>(to, weights + k * p_.I + c, p_.I, std::clamp<int64_t>(p_.H - k, 0, depth),
+                     std::min(kPanel, p_.I - c), depth, kPanel);
+      };
+      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
+                                         grad_y_[chunk.group], grad_y_.size, pack);
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const int64_t c = (first + panel) * kPanel;
+        acc_t* biases = grad_biases_.data() + (i * halves_) * width_ + c;
+        for (int64_t half = 0; half < halves_; ++half) {
+          std::fill(biases + half * width_, biases + half * width_ + kPanel, acc_t(0));
+        }
+        for (int64_t g = 0; g < chunk.groups(); ++g) {
+          differentiate(x, x.sum(panel, g), chunk, g, c);
+          store_gradients(x, chunk.group + g, c);
+          for (int64_t half = 0; half < halves_; ++half) {
+            for (int64_t row = 0; row < kGroup; ++row) {
+              const acc_t* grads = x.grads[half] + row * kPanel;
+              at::vec::map2<acc_t>([](V a, V b) { return a + b; }, biases + half * width_,
+                                   biases + half * width_, grads, kPanel);
+            }
+          }
+        }
+      }
+    });
+  }
+
+  // From the products with dY to the gradients of the pre-activation, and the slots' weights' share.
+  void differentiate(const TileScratch& x, const acc_t* products, const Chunk& chunk, int64_t g, int64_t c) const {
+    const int64_t slots = std::min(kGroup, chunk.slots - g * kGroup), slot = chunk.first + g * kGroup;
+    const int64_t channels = std::min(kPanel, p_.I - c);
+    for (int64_t half = 0; half < halves_; ++half) {
+      for (int64_t row = 0; row < kGroup; ++row) {
+        acc_t* to = x.hidden[half] + row * kPanel;
+        const int64_t known = row < slots ? channels : 0;
+        at::vec::convert(at(a_.hidden, (slot + (row < slots ? row : 0)) * p_.U + half * p_.I + c), to, known);
+        std::fill(to + known, to + kPanel, acc_t(0));
+      }
+    }
+    acc_t* of_slot = grad_weights_.data() + (c / kPanel * grad_y_groups() + chunk.group + g) * kGroup;
+    with_activation(p_.activation, [&](auto activation) {
+      for (int64_t row = 0; row < kGroup; ++row) {
+        const V by(row < slots ? *weight(slot + row) : acc_t(0));
+        V sum(acc_t(0));
+        for (int64_t lane = row * kPanel; lane < (row + 1) * kPanel; lane += V::size()) {
+          const V product = V::loadu(products + lane), grad = product * by;
+          V slope;
+          V act = activate<activation.value, kPrecision>(V::loadu(x.hidden[0] + lane), &slope);
+          if (p_.gated) {
+            const V up = V::loadu(x.hidden[1] + lane);
+            (grad * act).store(x.grads[1] + lane);
+            slope = slope * up;
+            act = act * up;
+          }
+          (grad * slope).store(x.grads[0] + lane);
+          (act * by).store(x.act + lane);
+          sum = at::vec::fmadd(product, act, sum);
+        }
+        of_slot[row] = at::vec::vec_reduce_all<acc_t>([](V a, V b) { return a + b; }, sum);
+      }
+    });
+  }
+
+  void store_gradients(const TileScratch& x, int64_t group, int64_t c) const {
+    for (int64_t half = 0; half < halves_; ++half) {
+      const int64_t column = half * width_ + c;
+      if (a_.grad_x != nullptr) {
+        pack_a<Gemm>(grad_hidden_[group].from(column), x.grads[half], kPanel, kGroup, kPanel, kGroup, kPanel);
+      }
+      if (a_.grad_gate_up != nullptr) {
+        pack_a_transposed<Gemm>(grad_hidden_t_[group].from(column * kGroup), x.grads[half], kPanel, kGroup, kPanel,
+                                kGroup, kPanel);
+      }
+    }
+    if (a_.grad_down != nullptr) {
+      for (int64_t lane = 0; lane < kPanel; lane += kGroup) {
+        pack_b<Gemm>(act_[(c + lane) / kGroup].from(group * kGroup * kGroup), x.act + lane, kPanel, kGroup, kGroup,
+                     kGroup, kGroup);
+      }
+    }
+  }
+
+  void grad_weight(const Batch& batch) const {
+    for (const Chunk& chunk : batch.chunks) {
+      for (int64_t s = 0; s < chunk.slots; ++s) {
+        acc_t sum(0);
+        for (int64_t panel = 0; panel < panels_; ++panel) {
+          sum += grad_weights_.data()[(panel * grad_y_groups() + chunk.group) * kGroup + s];
+        }
+        const scalar_t* grad = at(a_.grad_y, p_.token[chunk.first + s] * p_.H);
+        for (int64_t h = 0; h < p_.H && p_.down_bias != nullptr; ++h) {
+          sum += static_cast<acc_t>(grad[h]) * static_cast<acc_t>(*at(p_.down_bias, chunk.expert * p_.H + h));
+        }
+        static_cast<acc_t*>(a_.grad_weight)[chunk.first + s] = sum;
+      }
+    }
+  }
+
+  void grad_x(const Batch& batch) const {
+    const int64_t panels = depth_ / kPanel, K = halves_ * width_;
+    for_panels<Scratch>(batch.chunks.size(), panels, kPanel * kChunk * K,
+                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+      [[maybe_unused]] const typename Gemm::Session session;
+      const Chunk& chunk = batch.chunks[i];
+      const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
+      const auto pack = [&](Operand<op_t> to, int64_t panel, int64_t k, int64_t depth) {
+        const int64_t c = (first + panel) * kPanel;
+        for (int64_t end = k + depth, next; k < end; k = next) {  // gate rows and up rows are padded apart
+          const int64_t half = k / width_, row = k - half * width_;
+          next = std::min(end, (half + 1) * width_);
+          pack_b<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, std::clamp<int64_t>(p_.I - row, 0, next - k),
+                       std::min(kPanel, p_.H - c), next - k, kPanel);
+          to = to.from((next - k) * kPanel);
+        }
+      };
+      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size, pack);
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const int64_t c = (first + panel) * kPanel, channels = std::min(kPanel, p_.H - c);
+        for (int64_t s = 0; s < chunk.slots; ++s) {
+          const acc_t* from = x.sum(panel, s / kGroup) + s % kGroup * kPanel;
+          std::copy(from, from + channels, rows_.data() + (chunk.first + s) * p_.H + c);
+        }
+      }
+    });
+  }
+
+  void grad_down(const Batch& batch) const {
+    multiply_over_slots(batch, 1, p_.H, depth_, grad_y_t_, p_.I, act_,
+                        [&](int64_t e, int64_t row) {
+                          return static_cast<scalar_t*>(a_.grad_down) + (e * p_.H + row) * p_.I;
+                        });
+  }
+
+  void grad_gate_up(const Batch& batch) const {
+    multiply_over_slots(batch, halves_, p_.I, width_, grad_hidden_t_, p_.H, x_, [&](int64_t e, int64_t row) {
+      return static_cast<scalar_t*>(a_.grad_gate_up) + (e * p_.U + row) * p_.H;
+    });
+  }
+
+  // of_row(expert, row)[column] = the sum over an expert's slots of left[row] right[column].
+  template <typename Row>
+  void multiply_over_slots(const Batch& batch, int64_t halves, int64_t rows, int64_t padded_rows,
+                           const Operands<Gemm>& left, int64_t columns, const Operands<Gemm>& right,
+                           const Row& of_row) const {
+    const int64_t chunks = (columns + kChunk - 1) / kChunk;
+    for_panels<Scratch>(batch.experts * chunks, halves * padded_rows / kPanel, kPanel * kChunk * p_.S / p_.E,
+                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+      [[maybe_unused]] const typename Gemm::Session session;
+      const int64_t e = i / chunks, column = i % chunks * kChunk;
+      const int64_t group = batch.first_group[e], K = (batch.first_group[e + 1] - group) * kGroup;
+      const int64_t groups = (std::min(kChunk, columns - column) + kGroup - 1) / kGroup;
+      const auto pack = [&](const Operand<op_t>& to, int64_t panel, int64_t k, int64_t depth) {
+        for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
+          for (int64_t at = 0; at < depth; at += kGroup) {
+            const op_t* from = left[group + (k + at) / kGroup].data + plane * left.plane + (first + panel) * kPanel * kGroup;
+            op_t* block = to.data + plane * to.plane + at;
+            for (int64_t row = 0; row < kPanel; ++row) {
+              std::copy(from + row * kGroup, from + (row + 1) * kGroup, block + row * to.ld);
+            }
+          }
+        }
+      };
+      multiply_panels<Gemm, Streamed::a>(x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup),
+                                         right.size, pack);
+      for (int64_t panel = 0; panel < count; ++panel) {
+        const int64_t half = (first + panel) * kPanel / padded_rows, row = (first + panel) * kPanel % padded_rows;
+        for (int64_t r = 0; r < std::min(kPanel, rows - row); ++r) {
+          scalar_t* out = of_row(batch.first_expert + e, half * rows + row + r) + column;
+          for (int64_t g = 0; g < groups; ++g) {
+            at::vec::convert(x.sum(panel, g) + r * kGroup, out + g * kGroup,
+                             std::min(kGroup, columns - column - g * kGroup));
+          }
+        }
+      }
+    });
+  }
+
+  int64_t grad_y_groups() const { return grad_y_.plane / grad_y_.size; }
+
+  void grad_biases(const Batch& batch) const {
+    std::vector<acc_t> sum(std::max(p_.U, p_.H));
+    for (int64_t i = 0; i < batch.experts; ++i) {
+      const int64_t e = batch.first_expert + i;
+      if (a_.grad_up_bias != nullptr) {
+        std::fill(sum.begin(), sum.end(), acc_t(0));
+        for (size_t chunk = 0; chunk < batch.chunks.size(); ++chunk) {
+          for (int64_t u = 0; u < p_.U && batch.chunks[chunk].expert == e; ++u) {
+            sum[u] += grad_biases_.data()[(chunk * halves_ + u / p_.I) * width_ + u % p_.I];
+          }
+        }
+        at::vec::convert(sum.data(), static_cast<scalar_t*>(a_.grad_up_bias) + e * p_.U, p_.U);
+      }
+      if (a_.grad_down_bias != nullptr) {
+        std::fill(sum.begin(), sum.end(), acc_t(0));
+        for (int64_t s = p_.expert_offsets[e]; s < p_.expert_offsets[e + 1]; ++s) {
+          const scalar_t* grad = at(a_.grad_y, p_.token[s] * p_.H);
+          for (int64_t h = 0; h < p_.H; ++h) {
+            sum[h] += *weight(s) * static_cast<acc_t>(grad[h]);
+          }
+        }
+        at::vec::convert(sum.data(), static_cast<scalar_t*>(a_.grad_down_bias) + e * p_.H, p_.H);
+      }
+    }
+  }
+
+  const ExpertBackward& a_;
+  const ExpertProblem& p_;
+  int64_t halves_, depth_, width_, panels_;
+  Operands<Gemm> grad_y_;         // [32 slots, depth], A operands
+  Operands<Gemm> grad_y_t_;       // [depth, 32 slots], A operands
+  Operands<Gemm> x_, act_;        // of 32 channels, [slots of the batch, 32], B operands; act times weight
+  Operands<Gemm> grad_hidden_;    // [32 slots, halves * width], A operands
+  Operands<Gemm> grad_hidden_t_;  // [halves * width, 32 slots], A operands
+  Buffer<acc_t> grad_weights_;    // [panels, slots of the batch]: each panel's share
+  Buffer<acc_t> grad_biases_;     // [chunks, halves, width]: each chunk's share
+  Buffer<acc_t> rows_;            // [S, H]: each slot's gradient of x
+};
+
+}  // namespace
+
+void expert_mlp_backward(const ExpertBackward& args) {
+  with_engine(args.problem.dtype,
+              [&](auto scalar, auto engine) { Backward<decltype(scalar), decltype(engine)>(args).run(); });
+}
+
+}  // namespace pyvlm::CPU_CAPABILITY
