@@ -30,11 +30,13 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Scratch memory of the calling thread, for the length of a task. A thread keeps up to 8 MB for its next
-// call: mapping and clearing fresh pages took longer than attention itself over a batch of 130 tokens.
-class ThreadScratch {
+// Scratch memory of the calling thread, for the length of a task or a call. A thread keeps up to `kKeptBytes`
+// for its next one: mapping and clearing fresh pages took longer than attention itself over a batch of 130
+// tokens, and a seventh of the time of an expert layer's backward.
+template <int64_t kKeptBytes>
+class Scratch {
  public:
-  explicit ThreadScratch(int64_t bytes) {
+  explicit Scratch(int64_t bytes) {
     static thread_local Buffer kept;
     Buffer* buffer = bytes <= kKeptBytes ? &kept : &own_;
     if (buffer->bytes < bytes) {
@@ -51,7 +53,7 @@ class ThreadScratch {
   Arena arena() const { return Arena(data_); }
 
  private:
-  static constexpr int64_t kKeptBytes = 8 << 20, kAlign = 64;
+  static constexpr int64_t kAlign = 64;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -62,5 +64,8 @@ class ThreadScratch {
   Buffer own_;
   void* data_;
 };
+
+using ThreadScratch = Scratch<8 << 20>;  // of one thread among those that work on a call
+using CallScratch = Scratch<128 << 20>;  // of the thread that calls, for all of them
 
 }  // namespace pyvlm

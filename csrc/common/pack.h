@@ -196,8 +196,9 @@ void store_transposed(scalar_t* dst, int64_t ld, int64_t stride, const acc_t* sr
     const int64_t m = std::min(block, rows - i0);
     int64_t d0 = 0;
 #if defined(CPU_CAPABILITY_AVX512)
-    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-      for (; m == block && stride == 1 && d0 + 32 <= cols; d0 += 32) {
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16> || std::is_same_v<scalar_t, float>) {
+      constexpr int64_t channels = 64 / sizeof(scalar_t);
+      for (; m == block && stride == 1 && d0 + channels <= cols; d0 += channels) {
         store_transposed_block(dst + i0 * ld + d0, ld, src + d0 * ld_src + i0, ld_src, scale + i0);
       }
     }

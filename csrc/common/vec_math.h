@@ -180,6 +180,20 @@ inline void store_transposed_block(at::BFloat16* dst, int64_t ld_dst, const floa
   }
 }
 
+// The same of 16 sums in fp32.
+inline void store_transposed_block(float* dst, int64_t ld_dst, const float* src, int64_t ld_src,
+                                   const float* scale) {
+  const Vec<float> by = Vec<float>::loadu(scale);
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) {
+    r[i] = _mm512_castps_si512(Vec<float>::loadu(src + i * ld_src) * by);
+  }
+  transpose_words(r);
+  for (int i = 0; i < 16; ++i) {
+    _mm512_storeu_si512(dst + i * ld_dst, r[i]);
+  }
+}
+
 // dst[d * ld_dst + i] = src[i * ld_src + d] of 32 x 32 bf16.
 inline void transpose_block(at::BFloat16* dst, int64_t ld_dst, const at::BFloat16* src, int64_t ld_src) {
   alignas(64) static constexpr uint16_t kLower[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,

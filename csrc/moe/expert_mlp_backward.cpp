@@ -18,8 +18,7 @@ class Backward {
         halves_(p_.gated ? 2 : 1),
         depth_(round_up(p_.H, kPanel)),
         width_(round_up(p_.I, kPanel)),
-        panels_(width_ / kPanel),
-        rows_(a_.grad_x != nullptr ? p_.S * p_.H : 0) {}
+        panels_(width_ / kPanel) {}
 
   void run() {
     const std::vector<Batch> batches = make_batches(p_);
@@ -28,23 +27,11 @@ class Backward {
       groups = std::max(groups, batch.groups);
       chunks = std::max<int64_t>(chunks, batch.chunks.size());
     }
-    const int64_t hidden = halves_ * width_;
-    // Rows that are an odd number of cache lines apart: a power of two would put them all into one set of L1.
-    constexpr int64_t line = 64 / sizeof(op_t);
-    grad_y_ = Operands<Gemm>(groups, kGroup * (depth_ + line), depth_ + line);
-    if (a_.grad_x != nullptr) {
-      grad_hidden_ = Operands<Gemm>(groups, kGroup * (hidden + line), hidden + line);
-    }
-    if (a_.grad_down != nullptr) {
-      grad_y_t_ = Operands<Gemm>(groups, kGroup * depth_, kGroup);
-      act_ = Operands<Gemm>(width_ / kGroup, groups * kGroup * kGroup, kGroup);
-    }
-    if (a_.grad_gate_up != nullptr) {
-      grad_hidden_t_ = Operands<Gemm>(groups, kGroup * hidden, kGroup);
-      x_ = Operands<Gemm>(depth_ / kGroup, groups * kGroup * kGroup, kGroup);
-    }
-    grad_weights_ = Buffer<acc_t>(panels_ * groups * kGroup);
-    grad_biases_ = Buffer<acc_t>(chunks * hidden);
+    Arena size;
+    lay_out(size, groups, chunks);
+    const CallScratch memory(size.used());
+    Arena arena = memory.arena();
+    lay_out(arena, groups, chunks);
     for (const Batch& batch : batches) {
       pack_tokens(batch);
       grad_hidden(batch);
@@ -63,7 +50,7 @@ class Backward {
       grad_biases(batch);
     }
     if (a_.grad_x != nullptr) {
-      sum_slots<scalar_t>(p_, rows_.data(), a_.grad_x);
+      sum_slots<acc_t>(p_, rows_, static_cast<scalar_t*>(a_.grad_x));
     }
   }
 
@@ -91,6 +78,27 @@ class Backward {
   }
   const acc_t* weight(int64_t slot) const { return static_cast<const acc_t*>(p_.weight) + slot; }
 
+  void lay_out(Arena& arena, int64_t groups, int64_t chunks) {
+    const int64_t hidden = halves_ * width_;
+    // Rows that are an odd number of cache lines apart: a power of two would put them all into one set of L1.
+    constexpr int64_t line = 64 / sizeof(op_t);
+    grad_y_ = Operands<Gemm>(arena, groups, kGroup * (depth_ + line), depth_ + line);
+    if (a_.grad_x != nullptr) {
+      grad_hidden_ = Operands<Gemm>(arena, groups, kGroup * (hidden + line), hidden + line);
+      rows_ = arena.take<scalar_t>(p_.S * p_.H);
+    }
+    if (a_.grad_down != nullptr) {
+      grad_y_t_ = Operands<Gemm>(arena, depth_, groups * kGroup + line, groups * kGroup + line);
+      act_ = Operands<Gemm>(arena, width_ / kGroup, groups * kGroup * kGroup, kGroup);
+    }
+    if (a_.grad_gate_up != nullptr) {
+      grad_hidden_t_ = Operands<Gemm>(arena, hidden, groups * kGroup + line, groups * kGroup + line);
+      x_ = Operands<Gemm>(arena, depth_ / kGroup, groups * kGroup * kGroup, kGroup);
+    }
+    grad_weights_ = arena.take<acc_t>(panels_ * groups * kGroup);
+    grad_biases_ = arena.take<acc_t>(chunks * hidden);
+  }
+
   void pack_tokens(const Batch& batch) const {
     run_tasks(batch.chunks.size(), kChunk * p_.H, [&](TaskQueue& queue) {
       const ThreadScratch memory(kGroup * p_.H * sizeof(scalar_t));
@@ -103,7 +111,7 @@ class Backward {
           gather_rows(rows, p_.H, a_.grad_y, p_.H, token, count);
           pack_a<Gemm>(grad_y_[group], rows, p_.H, count, p_.H, kGroup, depth_);
           if (a_.grad_down != nullptr) {
-            pack_a_transposed<Gemm>(grad_y_t_[group], rows, p_.H, count, p_.H, kGroup, depth_);
+            pack_a_transposed<Gemm>(grad_y_t_[0].from(group * kGroup), rows, p_.H, count, p_.H, kGroup, depth_);
           }
           if (a_.grad_gate_up != nullptr) {
             gather_rows(rows, p_.H, p_.x, p_.H, token, count);
@@ -123,16 +131,17 @@ class Backward {
       [[maybe_unused]] const typename Gemm::Session session;
       const Chunk& chunk = batch.chunks[i];
       const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
-      const auto pack = [&](const Operand<op_t>& to, int64_t panel, int64_t k, int64_t depth) {
+      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
         const int64_t c = (first + panel) * kPanel;
-        pack_b<Gemm>(to, weights + k * p_.I + c, p_.I, std::clamp<int64_t>(p_.H - k, 0, depth),
+        pack_b<Gemm>(scratch, weights + k * p_.I + c, p_.I, std::clamp<int64_t>(p_.H - k, 0, depth),
                      std::min(kPanel, p_.I - c), depth, kPanel);
+        return scratch;
       };
       multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
-                                         grad_y_[chunk.group], grad_y_.size, pack);
+                                         grad_y_[chunk.group], grad_y_.size, operand);
       for (int64_t panel = 0; panel < count; ++panel) {
         const int64_t c = (first + panel) * kPanel;
-        acc_t* biases = grad_biases_.data() + (i * halves_) * width_ + c;
+        acc_t* biases = grad_biases_ + (i * halves_) * width_ + c;
         for (int64_t half = 0; half < halves_; ++half) {
           std::fill(biases + half * width_, biases + half * width_ + kPanel, acc_t(0));
         }
@@ -163,7 +172,7 @@ class Backward {
         std::fill(to + known, to + kPanel, acc_t(0));
       }
     }
-    acc_t* of_slot = grad_weights_.data() + (c / kPanel * grad_y_groups() + chunk.group + g) * kGroup;
+    acc_t* of_slot = grad_weights_ + (c / kPanel * grad_y_groups() + chunk.group + g) * kGroup;
     with_activation(p_.activation, [&](auto activation) {
       for (int64_t row = 0; row < kGroup; ++row) {
         const V by(row < slots ? *weight(slot + row) : acc_t(0));
@@ -194,7 +203,7 @@ class Backward {
         pack_a<Gemm>(grad_hidden_[group].from(column), x.grads[half], kPanel, kGroup, kPanel, kGroup, kPanel);
       }
       if (a_.grad_gate_up != nullptr) {
-        pack_a_transposed<Gemm>(grad_hidden_t_[group].from(column * kGroup), x.grads[half], kPanel, kGroup, kPanel,
+        pack_a_transposed<Gemm>(grad_hidden_t_[column].from(group * kGroup), x.grads[half], kPanel, kGroup, kPanel,
                                 kGroup, kPanel);
       }
     }
@@ -211,7 +220,7 @@ class Backward {
       for (int64_t s = 0; s < chunk.slots; ++s) {
         acc_t sum(0);
         for (int64_t panel = 0; panel < panels_; ++panel) {
-          sum += grad_weights_.data()[(panel * grad_y_groups() + chunk.group) * kGroup + s];
+          sum += grad_weights_[(panel * grad_y_groups() + chunk.group) * kGroup + s];
         }
         const scalar_t* grad = at(a_.grad_y, p_.token[chunk.first + s] * p_.H);
         for (int64_t h = 0; h < p_.H && p_.down_bias != nullptr; ++h) {
@@ -229,8 +238,9 @@ class Backward {
       [[maybe_unused]] const typename Gemm::Session session;
       const Chunk& chunk = batch.chunks[i];
       const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
-      const auto pack = [&](Operand<op_t> to, int64_t panel, int64_t k, int64_t depth) {
+      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
         const int64_t c = (first + panel) * kPanel;
+        Operand<op_t> to = scratch;
         for (int64_t end = k + depth, next; k < end; k = next) {  // gate rows and up rows are padded apart
           const int64_t half = k / width_, row = k - half * width_;
           next = std::min(end, (half + 1) * width_);
@@ -238,13 +248,14 @@ class Backward {
                        std::min(kPanel, p_.H - c), next - k, kPanel);
           to = to.from((next - k) * kPanel);
         }
+        return scratch;
       };
-      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size, pack);
+      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size, operand);
       for (int64_t panel = 0; panel < count; ++panel) {
         const int64_t c = (first + panel) * kPanel, channels = std::min(kPanel, p_.H - c);
         for (int64_t s = 0; s < chunk.slots; ++s) {
           const acc_t* from = x.sum(panel, s / kGroup) + s % kGroup * kPanel;
-          std::copy(from, from + channels, rows_.data() + (chunk.first + s) * p_.H + c);
+          at::vec::convert(from, rows_ + (chunk.first + s) * p_.H + c, channels);
         }
       }
     });
@@ -275,19 +286,11 @@ class Backward {
       const int64_t e = i / chunks, column = i % chunks * kChunk;
       const int64_t group = batch.first_group[e], K = (batch.first_group[e + 1] - group) * kGroup;
       const int64_t groups = (std::min(kChunk, columns - column) + kGroup - 1) / kGroup;
-      const auto pack = [&](const Operand<op_t>& to, int64_t panel, int64_t k, int64_t depth) {
-        for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
-          for (int64_t at = 0; at < depth; at += kGroup) {
-            const op_t* from = left[group + (k + at) / kGroup].data + plane * left.plane + (first + panel) * kPanel * kGroup;
-            op_t* block = to.data + plane * to.plane + at;
-            for (int64_t row = 0; row < kPanel; ++row) {
-              std::copy(from + row * kGroup, from + (row + 1) * kGroup, block + row * to.ld);
-            }
-          }
-        }
+      const auto operand = [&](const Operand<op_t>&, int64_t panel, int64_t k, int64_t) {
+        return left[(first + panel) * kPanel].from(group * kGroup + k);
       };
       multiply_panels<Gemm, Streamed::a>(x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup),
-                                         right.size, pack);
+                                         right.size, operand);
       for (int64_t panel = 0; panel < count; ++panel) {
         const int64_t half = (first + panel) * kPanel / padded_rows, row = (first + panel) * kPanel % padded_rows;
         for (int64_t r = 0; r < std::min(kPanel, rows - row); ++r) {
@@ -311,7 +314,7 @@ class Backward {
         std::fill(sum.begin(), sum.end(), acc_t(0));
         for (size_t chunk = 0; chunk < batch.chunks.size(); ++chunk) {
           for (int64_t u = 0; u < p_.U && batch.chunks[chunk].expert == e; ++u) {
-            sum[u] += grad_biases_.data()[(chunk * halves_ + u / p_.I) * width_ + u % p_.I];
+            sum[u] += grad_biases_[(chunk * halves_ + u / p_.I) * width_ + u % p_.I];
           }
         }
         at::vec::convert(sum.data(), static_cast<scalar_t*>(a_.grad_up_bias) + e * p_.U, p_.U);
@@ -333,13 +336,13 @@ class Backward {
   const ExpertProblem& p_;
   int64_t halves_, depth_, width_, panels_;
   Operands<Gemm> grad_y_;         // [32 slots, depth], A operands
-  Operands<Gemm> grad_y_t_;       // [depth, 32 slots], A operands
+  Operands<Gemm> grad_y_t_;       // [depth, slots of the batch], an A operand
   Operands<Gemm> x_, act_;        // of 32 channels, [slots of the batch, 32], B operands; act times weight
   Operands<Gemm> grad_hidden_;    // [32 slots, halves * width], A operands
-  Operands<Gemm> grad_hidden_t_;  // [halves * width, 32 slots], A operands
-  Buffer<acc_t> grad_weights_;    // [panels, slots of the batch]: each panel's share
-  Buffer<acc_t> grad_biases_;     // [chunks, halves, width]: each chunk's share
-  Buffer<acc_t> rows_;            // [S, H]: each slot's gradient of x
+  Operands<Gemm> grad_hidden_t_;  // [halves * width, slots of the batch], an A operand
+  acc_t* grad_weights_;           // [panels, slots of the batch]: each panel's share
+  acc_t* grad_biases_;            // [chunks, halves, width]: each chunk's share
+  scalar_t* rows_;                // [S, H]: each slot's gradient of x
 };
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 template <typename scalar_t>
 class Decode {
  public:
-  explicit Decode(const ExpertForward& args) : a_(args), p_(args.problem), x_(p_.S * p_.H), act_(p_.S * p_.I), rows_(p_.S * p_.H) {
+  explicit Decode(const ExpertForward& args) : a_(args), p_(args.problem) {
     for (int64_t e = 0; e < p_.E; ++e) {
       if (p_.expert_offsets[e] < p_.expert_offsets[e + 1]) {
         experts_.push_back(e);
@@ -17,12 +17,17 @@ class Decode {
   }
 
   void run() {
+    const CallScratch memory((2 * p_.H + p_.I) * p_.S * sizeof(acc_t) + 3 * 64);
+    Arena arena = memory.arena();
+    x_ = arena.take<acc_t>(p_.S * p_.H);
+    act_ = arena.take<acc_t>(p_.S * p_.I);
+    rows_ = arena.take<acc_t>(p_.S * p_.H);
     for (int64_t s = 0; s < p_.S; ++s) {
-      at::vec::convert(at(p_.x, p_.token[s] * p_.H), x_.data() + s * p_.H, p_.H);
+      at::vec::convert(at(p_.x, p_.token[s] * p_.H), x_ + s * p_.H, p_.H);
     }
     for_rows(p_.I, (p_.gated ? 2 : 1) * p_.H, [&](int64_t e, int64_t first, int64_t count) { up(e, first, count); });
     for_rows(p_.H, p_.I, [&](int64_t e, int64_t first, int64_t count) { down(e, first, count); });
-    sum_slots<scalar_t>(p_, rows_.data(), a_.y);
+    sum_slots<acc_t>(p_, rows_, static_cast<scalar_t*>(a_.y));
   }
 
  private:
@@ -53,7 +58,7 @@ class Decode {
     acc_t z[2][kMaxTokens * kRows];  // [token, row], gate rows and up rows
     for (int half = 0; half < (p_.gated ? 2 : 1); ++half) {
       const int64_t row = e * p_.U + half * p_.I + first;
-      multiply(at(p_.gate_up, row * p_.H), p_.H, count, x_.data() + slot * p_.H, tokens, z[half]);
+      multiply(at(p_.gate_up, row * p_.H), p_.H, count, x_ + slot * p_.H, tokens, z[half]);
       for (int64_t t = 0; t < tokens; ++t) {
         acc_t* of_token = z[half] + t * kRows;
         for (int64_t j = 0; j < count && p_.up_bias != nullptr; ++j) {
@@ -67,7 +72,7 @@ class Decode {
     with_activation(p_.activation, [&](auto activation) {
       constexpr Activation kActivation = activation.value;
       for (int64_t t = 0; t < tokens; ++t) {
-        acc_t *gate = z[0] + t * kRows, *out = act_.data() + (slot + t) * p_.I + first;
+        acc_t *gate = z[0] + t * kRows, *out = act_ + (slot + t) * p_.I + first;
         at::vec::map<acc_t>([](V v) { return activate<kActivation, kPrecision>(v); }, out, gate, count);
         if (p_.gated) {
           at::vec::map2<acc_t>([](V a, V b) { return a * b; }, out, out, z[1] + t * kRows, count);
@@ -79,10 +84,10 @@ class Decode {
   void down(int64_t e, int64_t first, int64_t count) const {
     const int64_t slot = p_.expert_offsets[e], tokens = p_.expert_offsets[e + 1] - slot;
     acc_t out[kMaxTokens * kRows];
-    multiply(at(p_.down, (e * p_.H + first) * p_.I), p_.I, count, act_.data() + slot * p_.I, tokens, out);
+    multiply(at(p_.down, (e * p_.H + first) * p_.I), p_.I, count, act_ + slot * p_.I, tokens, out);
     for (int64_t t = 0; t < tokens; ++t) {
       const acc_t weight = static_cast<const acc_t*>(p_.weight)[slot + t];
-      acc_t* row = rows_.data() + (slot + t) * p_.H + first;
+      acc_t* row = rows_ + (slot + t) * p_.H + first;
       for (int64_t j = 0; j < count; ++j) {
         const acc_t bias = p_.down_bias == nullptr ? acc_t(0) : static_cast<acc_t>(*at(p_.down_bias, e * p_.H + first + j));
         row[j] = (out[t * kRows + j] + bias) * weight;
@@ -155,7 +160,7 @@ class Decode {
 
   const ExpertForward& a_;
   const ExpertProblem& p_;
-  Buffer<acc_t> x_, act_, rows_;  // [S, H], [S, I], [S, H]
+  acc_t *x_, *act_, *rows_;       // [S, H], [S, I], [S, H]
   std::vector<int64_t> experts_;  // that have tokens
 };
 

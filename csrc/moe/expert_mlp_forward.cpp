@@ -11,10 +11,9 @@ class Forward {
   explicit Forward(const ExpertForward& args)
       : a_(args),
         p_(args.problem),
-        channels_(p_.gated ? kPanel / 2 : kPanel),
+        halves_(p_.gated ? 2 : 1),
         depth_(round_up(p_.H, Gemm::kDepth)),
-        width_(round_up(p_.I, kPanel)),
-        rows_(p_.S * p_.H) {}
+        width_(round_up(p_.I, kPanel)) {}
 
   void run() {
     const std::vector<Batch> batches = make_batches(p_);
@@ -22,14 +21,17 @@ class Forward {
     for (const Batch& batch : batches) {
       groups = std::max(groups, batch.groups);
     }
-    x_ = Operands<Gemm>(groups, kGroup * depth_, kGroup);
-    act_ = Operands<Gemm>(groups, kGroup * width_, kGroup);
+    Arena size;
+    lay_out(size, groups);
+    const CallScratch memory(size.used());
+    Arena arena = memory.arena();
+    lay_out(arena, groups);
     for (const Batch& batch : batches) {
       pack_tokens(batch);
       up(batch);
       down(batch);
     }
-    sum_slots<scalar_t>(p_, rows_.data(), a_.y);
+    sum_slots<acc_t>(p_, rows_, static_cast<scalar_t*>(a_.y));
   }
 
  private:
@@ -42,6 +44,12 @@ class Forward {
 
   static const scalar_t* at(const void* tensor, int64_t offset) {
     return static_cast<const scalar_t*>(tensor) + offset;
+  }
+
+  void lay_out(Arena& arena, int64_t groups) {
+    x_ = Operands<Gemm>(arena, groups, kGroup * depth_, kGroup);
+    act_ = Operands<Gemm>(arena, groups, kGroup * width_, kGroup);
+    rows_ = arena.take<scalar_t>(p_.S * p_.H);
   }
 
   void pack_tokens(const Batch& batch) const {
@@ -60,52 +68,51 @@ class Forward {
     });
   }
 
-  // Pre-activations and activations. A panel of gated experts is 32 gate rows and their 32 up rows.
+  // Pre-activations and activations. Of gated experts, panels of gate rows and of up rows take turns.
   void up(const Batch& batch) const {
-    const int64_t panels = (p_.I + channels_ - 1) / channels_;
+    const int64_t panels = halves_ * width_ / kPanel;
     for_panels<Scratch>(batch.chunks.size(), panels, kPanel * kChunk * p_.H,
                         [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
       [[maybe_unused]] const typename Gemm::Session session;
       const Chunk& chunk = batch.chunks[i];
       const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
-      const auto pack = [&](Operand<op_t> to, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t c = (first + panel) * channels_, rows = std::min(channels_, p_.I - c);
-        for (int64_t row = c; row < p_.U; row += p_.I, to = to.from(channels_ * to.ld)) {
-          pack_a<Gemm>(to, weights + row * p_.H + k, p_.H, rows, std::min(depth, p_.H - k), channels_, depth);
-        }
+      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
+        const int64_t c = (first + panel) / halves_ * kPanel, row = panel % halves_ * p_.I + c;
+        return panel_of_rows<Gemm>(scratch, weights + row * p_.H + k, p_.H, p_.I - c, p_.H - k, depth);
       };
-      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size, pack);
-      for (int64_t panel = 0; panel < count; ++panel) {
+      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size, operand);
+      for (int64_t panel = 0; panel < count; panel += halves_) {
         for (int64_t g = 0; g < chunk.groups(); ++g) {
-          activate_tile(x.sum(panel, g), chunk, g, (first + panel) * channels_);
+          acc_t* tiles[] = {x.sum(panel, g), p_.gated ? x.sum(panel + 1, g) : nullptr};
+          activate_tiles(tiles, chunk, g, (first + panel) / halves_ * kPanel);
         }
       }
     });
   }
 
-  void activate_tile(acc_t* sums, const Chunk& chunk, int64_t g, int64_t c) const {
-    const int64_t channels = std::min(channels_, p_.I - c), slots = std::min(kGroup, chunk.slots - g * kGroup);
+  void activate_tiles(acc_t* const (&tiles)[2], const Chunk& chunk, int64_t g, int64_t c) const {
+    const int64_t channels = std::min(kPanel, p_.I - c), slots = std::min(kGroup, chunk.slots - g * kGroup);
     static const std::vector<acc_t> ones(kGroup, acc_t(1));
-    acc_t* tile = sums;
-    for (int64_t row = c; row < p_.U; row += p_.I, tile += channels_ * kGroup) {
+    for (int64_t half = 0; half < halves_; ++half) {
+      const int64_t row = half * p_.I + c;
       if (p_.up_bias != nullptr) {
-        add_bias(tile, at(p_.up_bias, chunk.expert * p_.U + row), channels);
+        add_bias(tiles[half], at(p_.up_bias, chunk.expert * p_.U + row), channels);
       }
       if (a_.hidden != nullptr) {
         auto* hidden = static_cast<scalar_t*>(a_.hidden) + (chunk.first + g * kGroup) * p_.U + row;
-        store_transposed(hidden, p_.U, int64_t(1), tile, kGroup, slots, channels, ones.data());
+        store_transposed(hidden, p_.U, int64_t(1), tiles[half], kGroup, slots, channels, ones.data());
       }
     }
     const Operand<op_t> to = act_[chunk.group + g];
     with_activation(p_.activation, [&](auto activation) {
-      const auto result = [&](int64_t row, int64_t lane) {
-        const acc_t* from = sums + row * kGroup + lane;
-        const V y = activate<activation.value, kPrecision>(V::loadu(from));
-        return p_.gated ? y * V::loadu(from + channels_ * kGroup) : y;
+      const auto result = [&](int64_t at) {
+        const V y = activate<activation.value, kPrecision>(V::loadu(tiles[0] + at));
+        return p_.gated ? y * V::loadu(tiles[1] + at) : y;
       };
-      for (int64_t row = 0; row < channels_; row += 2) {
+      for (int64_t row = 0; row < kPanel; row += 2) {
         for (int64_t lane = 0; lane < kGroup; lane += V::size()) {
-          store_b_pair<Gemm>(to, c + row, lane, result(row, lane), result(row + 1, lane));
+          const int64_t at = row * kGroup + lane;
+          store_b_pair<Gemm>(to, c + row, lane, result(at), result(at + kGroup));
         }
       }
     });
@@ -119,12 +126,11 @@ class Forward {
       [[maybe_unused]] const typename Gemm::Session session;
       const Chunk& chunk = batch.chunks[i];
       const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
-      const auto pack = [&](const Operand<op_t>& to, int64_t panel, int64_t k, int64_t depth) {
+      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
         const int64_t row = (first + panel) * kPanel;
-        pack_a<Gemm>(to, weights + row * p_.I + k, p_.I, std::min(kPanel, p_.H - row),
-                     std::min(depth, p_.I - k), kPanel, depth);
+        return panel_of_rows<Gemm>(scratch, weights + row * p_.I + k, p_.I, p_.H - row, p_.I - k, depth);
       };
-      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), K, act_[chunk.group], act_.size, pack);
+      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), K, act_[chunk.group], act_.size, operand);
       for (int64_t g = 0; g < chunk.groups(); ++g) {
         const int64_t slot = chunk.first + g * kGroup, slots = std::min(kGroup, chunk.slots - g * kGroup);
         const acc_t* weight = static_cast<const acc_t*>(p_.weight) + slot;
@@ -136,7 +142,7 @@ class Forward {
           if (p_.down_bias != nullptr) {
             add_bias(tile, at(p_.down_bias, chunk.expert * p_.H + row), rows);
           }
-          store_transposed(rows_.data() + slot * p_.H + row, p_.H, int64_t(1), tile, kGroup, slots, rows, of_lane);
+          store_transposed(rows_ + slot * p_.H + row, p_.H, int64_t(1), tile, kGroup, slots, rows, of_lane);
         }
       }
     });
@@ -154,9 +160,9 @@ class Forward {
 
   const ExpertForward& a_;
   const ExpertProblem& p_;
-  int64_t channels_, depth_, width_;
+  int64_t halves_, depth_, width_;
   Operands<Gemm> x_, act_;  // [depth, 32], [width, 32]: B operands
-  Buffer<acc_t> rows_;      // [S, H]
+  scalar_t* rows_;          // [S, H], rounded as each expert's output is
 };
 
 }  // namespace
