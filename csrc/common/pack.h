@@ -91,11 +91,35 @@ void each_plane(const scalar_t* src, int64_t ld, int64_t rows, int64_t cols, con
   }
 }
 
+// Up to a vector of numbers as fp32, zeros behind them.
+template <typename T>
+inline Vec<float> load_float(const T* from, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return count >= Vec<float>::size() ? Vec<float>::loadu(from)
+                                       : Vec<float>::loadu(from, std::max<int64_t>(count, 0));
+  } else {
+    float widened[Vec<float>::size()] = {};
+    at::vec::convert(from, widened, std::clamp<int64_t>(count, 0, Vec<float>::size()));
+    return Vec<float>::loadu(widened);
+  }
+}
+
 // A operand of [padded_rows, padded_cols]: the source as it stands.
 template <typename Gemm, typename scalar_t>
 void pack_a(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t from_ld, int64_t rows,
             int64_t cols, int64_t padded_rows, int64_t padded_cols) {
   using op_t = typename Gemm::op_t;
+  if constexpr (Gemm::kPlanes > 1) {
+    constexpr int64_t size = Vec<float>::size();
+    for (int64_t i = 0; i < padded_rows; ++i) {
+      const int64_t count = i < rows ? cols : 0;
+      for (int64_t d = 0; d < padded_cols; d += 2 * size) {  // multiples of kDepth, which is that
+        const scalar_t* row = from + i * from_ld + d;
+        store_a_row<Gemm>(to, i, d, load_float(row, count - d), load_float(row + size, count - d - size));
+      }
+    }
+    return;
+  }
   each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
     op_t* dst = to.data + plane * to.plane;
     for (int64_t i = 0; i < padded_rows; ++i) {
@@ -127,6 +151,14 @@ void pack_b(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_
   using op_t = typename Gemm::op_t;
   if constexpr (Gemm::kVnni == 1) {
     pack_a<Gemm>(to, from, from_ld, rows, cols, padded_rows, padded_cols);
+  } else if constexpr (Gemm::kPlanes > 1) {
+    for (int64_t i = 0; i < padded_rows; i += 2) {
+      const scalar_t* row = from + i * from_ld;
+      for (int64_t d = 0; d < padded_cols; d += Vec<float>::size()) {
+        store_b_pair<Gemm>(to, i, d, load_float(row + d, i < rows ? cols - d : 0),
+                           load_float(row + from_ld + d, i + 1 < rows ? cols - d : 0));
+      }
+    }
   } else {
     struct Pair {
       op_t first, second;

@@ -173,6 +173,79 @@ void for_panels(int64_t count, int64_t panels, int64_t work_of_panel, const Work
   });
 }
 
+// Where bf16 rows are packed in pairs, the columns at even places of each 32 come before those at odd ones:
+// in products, and in vectors of two that stand for consecutive columns of a row.
+template <typename scalar_t, typename Gemm>
+inline constexpr bool kSplitColumns = false;
+#if defined(CPU_CAPABILITY_AVX512)
+template <typename Gemm>
+  requires(Gemm::kVnni == 2)
+inline constexpr bool kSplitColumns<at::BFloat16, Gemm> = true;
+#endif
+
+// B operand of [padded_rows, padded_cols] of rows as they stand, of which there may be more or fewer.
+template <typename Gemm, typename scalar_t>
+void pack_rows(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t ld, int64_t rows,
+               int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+  if constexpr (!kSplitColumns<scalar_t, Gemm>) {
+    pack_b<Gemm>(to, from, ld, std::clamp<int64_t>(rows, 0, padded_rows),
+                 std::clamp<int64_t>(cols, 0, padded_cols), padded_rows, padded_cols);
+  } else {
+    for (int64_t i = 0; i < padded_rows; i += 2) {
+      for (int64_t c = 0; c < padded_cols; c += kGroup) {
+        const scalar_t* row = from + i * ld + c;
+        scalar_t* out = to.data + i * to.ld + c * 2;
+        if (i + 2 <= rows && c + kGroup <= cols) {
+          interleave_split(out, row, row + ld);
+          continue;
+        }
+        scalar_t padded[2][kGroup] = {};
+        for (int64_t j = 0; j < std::clamp<int64_t>(rows - i, 0, 2); ++j) {
+          std::copy(row + j * ld, row + j * ld + std::clamp<int64_t>(cols - c, 0, kGroup), padded[j]);
+        }
+        interleave_split(out, padded[0], padded[1]);
+      }
+    }
+  }
+}
+
+// `count` consecutive elements of a row, at most two vectors, zeros behind them.
+template <typename Gemm, typename scalar_t>
+inline void load_columns(const scalar_t* from, int64_t count, Vec<typename Gemm::acc_t>& x0,
+                         Vec<typename Gemm::acc_t>& x1) {
+  constexpr int64_t step = 2 * Vec<typename Gemm::acc_t>::size();
+  scalar_t padded[step] = {};
+  if (count < step) {
+    std::copy(from, from + std::max<int64_t>(count, 0), padded);
+    from = padded;
+  }
+  if constexpr (kSplitColumns<scalar_t, Gemm>) {
+    load_split(from, x0, x1);
+  } else {
+    load_two(from, x0, x1);
+  }
+}
+
+// The other way; what is more than `count` is left out.
+template <typename Gemm, typename scalar_t>
+inline void store_columns(scalar_t* to, int64_t count, const Vec<typename Gemm::acc_t>& x0,
+                          const Vec<typename Gemm::acc_t>& x1) {
+  using acc_t = typename Gemm::acc_t;
+  constexpr int64_t step = 2 * Vec<acc_t>::size();
+  scalar_t padded[step];
+  scalar_t* out = count < step ? padded : to;
+  if constexpr (kSplitColumns<scalar_t, Gemm>) {
+    store_pair(out, x0, x1);
+  } else {
+    acc_t sums[step];
+    store_row(sums, x0, x1);
+    at::vec::convert(sums, out, step);
+  }
+  if (count < step) {
+    std::copy(padded, padded + std::max<int64_t>(count, 0), to);
+  }
+}
+
 // Rows of [T, H] by their numbers, one behind the other, `ld` apart.
 template <typename scalar_t>
 void gather_rows(scalar_t* to, int64_t ld, const void* rows, int64_t width, const int32_t* index, int64_t count) {

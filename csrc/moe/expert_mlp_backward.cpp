@@ -62,29 +62,17 @@ class Backward {
   static constexpr Precision kPrecision =
       std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
 
-  // A panel's products with a group, and what they become: [32 slots, 64 channels] each.
-  struct TileScratch : PanelScratch<Gemm> {
-    acc_t *act, *grads[2], *hidden[2];
-
-    explicit TileScratch(Arena& arena) : PanelScratch<Gemm>(arena) {
-      for (acc_t** tile : {&act, &grads[0], &grads[1], &hidden[0], &hidden[1]}) {
-        *tile = arena.take<acc_t>(kGroup * kPanel);
-      }
-    }
-  };
-
   static const scalar_t* at(const void* tensor, int64_t offset) {
     return static_cast<const scalar_t*>(tensor) + offset;
   }
-  const acc_t* weight(int64_t slot) const { return static_cast<const acc_t*>(p_.weight) + slot; }
 
   void lay_out(Arena& arena, int64_t groups, int64_t chunks) {
     const int64_t hidden = halves_ * width_;
     // Rows that are an odd number of cache lines apart: a power of two would put them all into one set of L1.
     constexpr int64_t line = 64 / sizeof(op_t);
     grad_y_ = Operands<Gemm>(arena, groups, kGroup * (depth_ + line), depth_ + line);
+    grad_hidden_ = Operands<Gemm>(arena, groups, kGroup * (hidden + line), hidden + line);
     if (a_.grad_x != nullptr) {
-      grad_hidden_ = Operands<Gemm>(arena, groups, kGroup * (hidden + line), hidden + line);
       rows_ = arena.take<scalar_t>(p_.S * p_.H);
     }
     if (a_.grad_down != nullptr) {
@@ -95,7 +83,8 @@ class Backward {
       grad_hidden_t_ = Operands<Gemm>(arena, hidden, groups * kGroup + line, groups * kGroup + line);
       x_ = Operands<Gemm>(arena, depth_ / kGroup, groups * kGroup * kGroup, kGroup);
     }
-    grad_weights_ = arena.take<acc_t>(panels_ * groups * kGroup);
+    slots_ = groups * kGroup;
+    grad_weights_ = arena.take<acc_t>(panels_ * slots_);
     grad_biases_ = arena.take<acc_t>(chunks * hidden);
   }
 
@@ -116,8 +105,8 @@ class Backward {
           if (a_.grad_gate_up != nullptr) {
             gather_rows(rows, p_.H, p_.x, p_.H, token, count);
             for (int64_t c = 0; c < depth_; c += kGroup) {
-              pack_b<Gemm>(x_[c / kGroup].from(group * kGroup * kGroup), rows + c, p_.H, count,
-                           std::clamp<int64_t>(p_.H - c, 0, kGroup), kGroup, kGroup);
+              pack_rows<Gemm>(x_[c / kGroup].from(group * kGroup * kGroup), rows + c, p_.H, count, p_.H - c,
+                              kGroup, kGroup);
             }
           }
         }
@@ -126,91 +115,115 @@ class Backward {
   }
 
   void grad_hidden(const Batch& batch) const {
-    for_panels<TileScratch>(batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
-                            [&](const TileScratch& x, int64_t i, int64_t first, int64_t count) {
+    for_panels<Scratch>(batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
+                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
       [[maybe_unused]] const typename Gemm::Session session;
       const Chunk& chunk = batch.chunks[i];
       const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
       const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
         const int64_t c = (first + panel) * kPanel;
-        pack_b<Gemm>(scratch, weights + k * p_.I + c, p_.I, std::clamp<int64_t>(p_.H - k, 0, depth),
-                     std::min(kPanel, p_.I - c), depth, kPanel);
+        pack_rows<Gemm>(scratch, weights + k * p_.I + c, p_.I, p_.H - k, p_.I - c, depth, kPanel);
         return scratch;
       };
       multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
                                          grad_y_[chunk.group], grad_y_.size, operand);
       for (int64_t panel = 0; panel < count; ++panel) {
         const int64_t c = (first + panel) * kPanel;
-        acc_t* biases = grad_biases_ + (i * halves_) * width_ + c;
-        for (int64_t half = 0; half < halves_; ++half) {
-          std::fill(biases + half * width_, biases + half * width_ + kPanel, acc_t(0));
-        }
         for (int64_t g = 0; g < chunk.groups(); ++g) {
-          differentiate(x, x.sum(panel, g), chunk, g, c);
-          store_gradients(x, chunk.group + g, c);
-          for (int64_t half = 0; half < halves_; ++half) {
-            for (int64_t row = 0; row < kGroup; ++row) {
-              const acc_t* grads = x.grads[half] + row * kPanel;
-              at::vec::map2<acc_t>([](V a, V b) { return a + b; }, biases + half * width_,
-                                   biases + half * width_, grads, kPanel);
+          with_activation(p_.activation, [&](auto activation) {
+            for (int64_t row = 0; row < kGroup; row += 2) {
+              differentiate<activation.value>(x.sum(panel, g) + row * kPanel, chunk, g * kGroup + row, c);
             }
+          });
+          if (a_.grad_gate_up != nullptr) {
+            transpose_tiles(chunk.group + g, c);
           }
+        }
+        if (a_.grad_up_bias != nullptr) {
+          sum_tiles(grad_biases_ + i * halves_ * width_, chunk, c);
         }
       }
     });
   }
 
-  // From the products with dY to the gradients of the pre-activation, and the slots' weights' share.
-  void differentiate(const TileScratch& x, const acc_t* products, const Chunk& chunk, int64_t g, int64_t c) const {
-    const int64_t slots = std::min(kGroup, chunk.slots - g * kGroup), slot = chunk.first + g * kGroup;
-    const int64_t channels = std::min(kPanel, p_.I - c);
-    for (int64_t half = 0; half < halves_; ++half) {
-      for (int64_t row = 0; row < kGroup; ++row) {
-        acc_t* to = x.hidden[half] + row * kPanel;
-        const int64_t known = row < slots ? channels : 0;
-        at::vec::convert(at(a_.hidden, (slot + (row < slots ? row : 0)) * p_.U + half * p_.I + c), to, known);
-        std::fill(to + known, to + kPanel, acc_t(0));
+  // From the products of two slots with dY to the gradients of 64 channels of their pre-activations, to the
+  // activations times the slots' weights, and to the share that the channels have in the weights' gradients.
+  template <Activation activation>
+  void differentiate(const acc_t* products, const Chunk& chunk, int64_t slot, int64_t c) const {
+    constexpr int64_t size = V::size();
+    const int64_t row = chunk.group * kGroup + slot;
+    for (int64_t c0 = 0; c0 < kPanel; c0 += 2 * size) {
+      V act[2][2];
+      for (int64_t j = 0; j < 2; ++j) {
+        const bool there = slot + j < chunk.slots;
+        const V by(there ? static_cast<const acc_t*>(p_.weight)[chunk.first + slot + j] : acc_t(0));
+        const scalar_t* hidden = at(a_.hidden, (chunk.first + (there ? slot + j : 0)) * p_.U + c + c0);
+        const int64_t channels = there ? p_.I - c - c0 : 0;
+        V gate[2], up[2], grad_gate[2], grad_up[2], sum(acc_t(0));
+        load_columns<Gemm>(hidden, channels, gate[0], gate[1]);
+        if (p_.gated) {
+          load_columns<Gemm>(hidden + p_.I, channels, up[0], up[1]);
+        }
+        for (int64_t v = 0; v < 2; ++v) {
+          const V product = V::loadu(products + j * kPanel + c0 + v * size), grad = product * by;
+          V slope;
+          act[j][v] = activate<activation, kPrecision>(gate[v], &slope);
+          if (p_.gated) {
+            grad_up[v] = grad * act[j][v];
+            slope = slope * up[v];
+            act[j][v] = act[j][v] * up[v];
+          }
+          grad_gate[v] = grad * slope;
+          sum = at::vec::fmadd(product, act[j][v], sum);
+          act[j][v] = act[j][v] * by;
+        }
+        const Operand<op_t> grads = grad_hidden_[(row + j) / kGroup];
+        store_gradient(grads, (row + j) % kGroup, c + c0, grad_gate);
+        if (p_.gated) {
+          store_gradient(grads, (row + j) % kGroup, width_ + c + c0, grad_up);
+        }
+        acc_t& share = grad_weights_[c / kPanel * slots_ + row + j];
+        const acc_t of_channels = at::vec::vec_reduce_all<acc_t>([](V a, V b) { return a + b; }, sum);
+        share = c0 == 0 ? of_channels : share + of_channels;
+      }
+      for (int64_t v = 0; v < 2 && a_.grad_down != nullptr; ++v) {
+        const int64_t lane = c0 + v * size;
+        store_b_pair<Gemm>(act_[(c + lane) / kGroup], row, lane % kGroup, act[0][v], act[1][v]);
       }
     }
-    acc_t* of_slot = grad_weights_ + (c / kPanel * grad_y_groups() + chunk.group + g) * kGroup;
-    with_activation(p_.activation, [&](auto activation) {
-      for (int64_t row = 0; row < kGroup; ++row) {
-        const V by(row < slots ? *weight(slot + row) : acc_t(0));
-        V sum(acc_t(0));
-        for (int64_t lane = row * kPanel; lane < (row + 1) * kPanel; lane += V::size()) {
-          const V product = V::loadu(products + lane), grad = product * by;
-          V slope;
-          V act = activate<activation.value, kPrecision>(V::loadu(x.hidden[0] + lane), &slope);
-          if (p_.gated) {
-            const V up = V::loadu(x.hidden[1] + lane);
-            (grad * act).store(x.grads[1] + lane);
-            slope = slope * up;
-            act = act * up;
-          }
-          (grad * slope).store(x.grads[0] + lane);
-          (act * by).store(x.act + lane);
-          sum = at::vec::fmadd(product, act, sum);
-        }
-        of_slot[row] = at::vec::vec_reduce_all<acc_t>([](V a, V b) { return a + b; }, sum);
-      }
-    });
   }
 
-  void store_gradients(const TileScratch& x, int64_t group, int64_t c) const {
+  static void store_gradient(const Operand<op_t>& to, int64_t row, int64_t column, const V (&x)[2]) {
+    if constexpr (kSplitColumns<scalar_t, Gemm>) {
+      store_pair(to.data + row * to.ld + column, x[0], x[1]);
+    } else {
+      store_a_row<Gemm>(to, row, column, x[0], x[1]);
+    }
+  }
+
+  void transpose_tiles(int64_t group, int64_t c) const {
     for (int64_t half = 0; half < halves_; ++half) {
       const int64_t column = half * width_ + c;
-      if (a_.grad_x != nullptr) {
-        pack_a<Gemm>(grad_hidden_[group].from(column), x.grads[half], kPanel, kGroup, kPanel, kGroup, kPanel);
-      }
-      if (a_.grad_gate_up != nullptr) {
-        pack_a_transposed<Gemm>(grad_hidden_t_[column].from(group * kGroup), x.grads[half], kPanel, kGroup, kPanel,
-                                kGroup, kPanel);
+      const Operand<op_t> from = grad_hidden_[group].from(column), to = grad_hidden_t_[column].from(group * kGroup);
+      for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
+        transpose(to.data + plane * to.plane, to.ld, from.data + plane * from.plane, from.ld, kGroup, kPanel);
       }
     }
-    if (a_.grad_down != nullptr) {
-      for (int64_t lane = 0; lane < kPanel; lane += kGroup) {
-        pack_b<Gemm>(act_[(c + lane) / kGroup].from(group * kGroup * kGroup), x.act + lane, kPanel, kGroup, kGroup,
-                     kGroup, kGroup);
+  }
+
+  // sums[half, channel] of the gradients of a chunk.
+  void sum_tiles(acc_t* sums, const Chunk& chunk, int64_t c) const {
+    for (int64_t half = 0; half < halves_; ++half) {
+      acc_t* to = sums + half * width_ + c;
+      std::fill(to, to + kPanel, acc_t(0));
+      for (int64_t row = 0; row < chunk.slots; ++row) {
+        const Operand<op_t> from = grad_hidden_[chunk.group + row / kGroup].from(half * width_ + c);
+        for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
+          const op_t* grads = from.data + plane * from.plane + row % kGroup * from.ld;
+          for (int64_t lane = 0; lane < kPanel; ++lane) {
+            to[lane] += static_cast<acc_t>(grads[lane]);
+          }
+        }
       }
     }
   }
@@ -220,7 +233,7 @@ class Backward {
       for (int64_t s = 0; s < chunk.slots; ++s) {
         acc_t sum(0);
         for (int64_t panel = 0; panel < panels_; ++panel) {
-          sum += grad_weights_[(panel * grad_y_groups() + chunk.group) * kGroup + s];
+          sum += grad_weights_[panel * slots_ + chunk.group * kGroup + s];
         }
         const scalar_t* grad = at(a_.grad_y, p_.token[chunk.first + s] * p_.H);
         for (int64_t h = 0; h < p_.H && p_.down_bias != nullptr; ++h) {
@@ -244,18 +257,17 @@ class Backward {
         for (int64_t end = k + depth, next; k < end; k = next) {  // gate rows and up rows are padded apart
           const int64_t half = k / width_, row = k - half * width_;
           next = std::min(end, (half + 1) * width_);
-          pack_b<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, std::clamp<int64_t>(p_.I - row, 0, next - k),
-                       std::min(kPanel, p_.H - c), next - k, kPanel);
+          pack_rows<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, p_.I - row, p_.H - c, next - k, kPanel);
           to = to.from((next - k) * kPanel);
         }
         return scratch;
       };
       multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size, operand);
       for (int64_t panel = 0; panel < count; ++panel) {
-        const int64_t c = (first + panel) * kPanel, channels = std::min(kPanel, p_.H - c);
+        const int64_t c = (first + panel) * kPanel;
         for (int64_t s = 0; s < chunk.slots; ++s) {
           const acc_t* from = x.sum(panel, s / kGroup) + s % kGroup * kPanel;
-          at::vec::convert(from, rows_ + (chunk.first + s) * p_.H + c, channels);
+          store_sums(rows_ + (chunk.first + s) * p_.H + c, p_.H - c, from, kPanel);
         }
       }
     });
@@ -296,15 +308,20 @@ class Backward {
         for (int64_t r = 0; r < std::min(kPanel, rows - row); ++r) {
           scalar_t* out = of_row(batch.first_expert + e, half * rows + row + r) + column;
           for (int64_t g = 0; g < groups; ++g) {
-            at::vec::convert(x.sum(panel, g) + r * kGroup, out + g * kGroup,
-                             std::min(kGroup, columns - column - g * kGroup));
+            store_sums(out + g * kGroup, columns - column - g * kGroup, x.sum(panel, g) + r * kGroup, kGroup);
           }
         }
       }
     });
   }
 
-  int64_t grad_y_groups() const { return grad_y_.plane / grad_y_.size; }
+
+  // The sums of a row, of which `count` are in the tensor.
+  static void store_sums(scalar_t* to, int64_t count, const acc_t* sums, int64_t width) {
+    for (int64_t c = 0; c < width; c += 2 * V::size()) {
+      store_columns<Gemm>(to + c, count - c, V::loadu(sums + c), V::loadu(sums + c + V::size()));
+    }
+  }
 
   void grad_biases(const Batch& batch) const {
     std::vector<acc_t> sum(std::max(p_.U, p_.H));
@@ -324,7 +341,7 @@ class Backward {
         for (int64_t s = p_.expert_offsets[e]; s < p_.expert_offsets[e + 1]; ++s) {
           const scalar_t* grad = at(a_.grad_y, p_.token[s] * p_.H);
           for (int64_t h = 0; h < p_.H; ++h) {
-            sum[h] += *weight(s) * static_cast<acc_t>(grad[h]);
+            sum[h] += static_cast<const acc_t*>(p_.weight)[s] * static_cast<acc_t>(grad[h]);
           }
         }
         at::vec::convert(sum.data(), static_cast<scalar_t*>(a_.grad_down_bias) + e * p_.H, p_.H);
@@ -334,7 +351,7 @@ class Backward {
 
   const ExpertBackward& a_;
   const ExpertProblem& p_;
-  int64_t halves_, depth_, width_, panels_;
+  int64_t halves_, depth_, width_, panels_, slots_ = 0;
   Operands<Gemm> grad_y_;         // [32 slots, depth], A operands
   Operands<Gemm> grad_y_t_;       // [depth, slots of the batch], an A operand
   Operands<Gemm> x_, act_;        // of 32 channels, [slots of the batch, 32], B operands; act times weight
