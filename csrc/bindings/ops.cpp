@@ -74,12 +74,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_autocast(
                  sinks);
 }
 
+// Tokens and experts in autocast's type, as torch's own linear does; the slots' weights as they are.
+template <at::DeviceType device, c10::DispatchKey key>
+std::tuple<at::Tensor, at::Tensor> expert_mlp_autocast(
+    const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight, const at::Tensor& expert_offsets,
+    const at::Tensor& token_offsets, const at::Tensor& slot, const at::Tensor& gate_up,
+    const at::Tensor& down, std::string_view activation, bool gated,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    bool keep_hidden) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pyvlm::expert_mlp", "")
+                             .typed<decltype(pyvlm::expert_mlp_cpu)>();
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
+  const auto cast_bias = [&](const std::optional<at::Tensor>& t) {
+    return t.has_value() ? std::optional<at::Tensor>(cast(*t)) : t;
+  };
+  return op.call(cast(x), token, weight, expert_offsets, token_offsets, slot, cast(gate_up), cast(down),
+                 activation, gated, cast_bias(gate_up_bias), cast_bias(down_bias), keep_hidden);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyvlm, AutocastCPU, m) {
+  m.impl("expert_mlp", &expert_mlp_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
   m.impl("span_attention", &span_attention_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, AutocastCUDA, m) {
+  m.impl("expert_mlp", &expert_mlp_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
   m.impl("span_attention", &span_attention_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
 }

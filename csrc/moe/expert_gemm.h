@@ -16,7 +16,7 @@
 namespace pyvlm::CPU_CAPABILITY {
 
 inline constexpr int64_t kGroup = 32, kPanel = 64;
-inline constexpr int64_t kChunk = 256;      // slots, or columns, that are resident at once
+inline constexpr int64_t kChunk = 256;       // slots, or columns, that are resident at once
 inline constexpr int64_t kPanelsAtOnce = 4;  // whose sums wait in L2 while the depth is worked through
 
 // Operands of one size, one behind the other.
@@ -155,8 +155,8 @@ void multiply_panels(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups
 template <typename Scratch, typename Work>
 void for_panels(int64_t count, int64_t panels, int64_t work_of_panel, const Work& work) {
   const int64_t rounds = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
-  const int64_t parts =
-      std::clamp<int64_t>(8 * at::get_num_threads() / std::max<int64_t>(count, 1), 1, std::max<int64_t>(rounds, 1));
+  const int64_t parts = std::clamp<int64_t>(8 * at::get_num_threads() / std::max<int64_t>(count, 1), 1,
+                                            std::max<int64_t>(rounds, 1));
   Arena size;
   Scratch measured(size);
   run_tasks(count * parts, work_of_panel * panels / parts, [&](TaskQueue& queue) {
@@ -248,7 +248,8 @@ inline void store_columns(scalar_t* to, int64_t count, const Vec<typename Gemm::
 
 // Rows of [T, H] by their numbers, one behind the other, `ld` apart.
 template <typename scalar_t>
-void gather_rows(scalar_t* to, int64_t ld, const void* rows, int64_t width, const int32_t* index, int64_t count) {
+void gather_rows(scalar_t* to, int64_t ld, const void* rows, int64_t width, const int32_t* index,
+                 int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const scalar_t* from = static_cast<const scalar_t*>(rows) + index[i] * width;
     std::copy(from, from + width, to + i * ld);
@@ -260,33 +261,34 @@ template <typename acc_t, typename row_t, typename scalar_t>
 void sum_slots(const ExpertProblem& p, const row_t* rows, scalar_t* out) {
   using V = Vec<acc_t>;
   constexpr int64_t kTokens = 16, kStep = 2 * V::size();
-  run_tasks((p.T + kTokens - 1) / kTokens, kTokens * p.H * (1 + p.S / std::max<int64_t>(p.T, 1)), [&](TaskQueue& queue) {
-    for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
-      for (int64_t t = task * kTokens; t < std::min((task + 1) * kTokens, p.T); ++t) {
-        const int32_t *begin = p.slot + p.token_offsets[t], *end = p.slot + p.token_offsets[t + 1];
-        int64_t h = 0;
-        for (; h + kStep <= p.H; h += kStep) {
-          acc_t sum[kStep];
-          V x0, x1, sum0(acc_t(0)), sum1(acc_t(0));
-          for (const int32_t* slot = begin; slot < end; ++slot) {
-            load_two(rows + *slot * p.H + h, x0, x1);
-            sum0 = sum0 + x0;
-            sum1 = sum1 + x1;
-          }
-          sum0.store(sum);
-          sum1.store(sum + V::size());
-          at::vec::convert(sum, out + t * p.H + h, kStep);
-        }
-        for (; h < p.H; ++h) {
-          acc_t sum(0);
-          for (const int32_t* slot = begin; slot < end; ++slot) {
-            sum += static_cast<acc_t>(rows[*slot * p.H + h]);
-          }
-          out[t * p.H + h] = static_cast<scalar_t>(sum);
-        }
-      }
-    }
-  });
+  run_tasks((p.T + kTokens - 1) / kTokens, kTokens * p.H * (1 + p.S / std::max<int64_t>(p.T, 1)),
+            [&](TaskQueue& queue) {
+              for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
+                for (int64_t t = task * kTokens; t < std::min((task + 1) * kTokens, p.T); ++t) {
+                  const int32_t *begin = p.slot + p.token_offsets[t], *end = p.slot + p.token_offsets[t + 1];
+                  int64_t h = 0;
+                  for (; h + kStep <= p.H; h += kStep) {
+                    acc_t sum[kStep];
+                    V x0, x1, sum0(acc_t(0)), sum1(acc_t(0));
+                    for (const int32_t* slot = begin; slot < end; ++slot) {
+                      load_two(rows + *slot * p.H + h, x0, x1);
+                      sum0 = sum0 + x0;
+                      sum1 = sum1 + x1;
+                    }
+                    sum0.store(sum);
+                    sum1.store(sum + V::size());
+                    at::vec::convert(sum, out + t * p.H + h, kStep);
+                  }
+                  for (; h < p.H; ++h) {
+                    acc_t sum(0);
+                    for (const int32_t* slot = begin; slot < end; ++slot) {
+                      sum += static_cast<acc_t>(rows[*slot * p.H + h]);
+                    }
+                    out[t * p.H + h] = static_cast<scalar_t>(sum);
+                  }
+                }
+              }
+            });
 }
 
 }  // namespace pyvlm::CPU_CAPABILITY

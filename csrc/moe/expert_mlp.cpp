@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 namespace pyvlm {
 namespace {
 
@@ -20,28 +22,29 @@ Activation parse_activation(std::string_view name) {
   TORCH_CHECK(false, "expert_mlp: activation '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");
 }
 
-// Offsets that the kernels index by without looking again.
+// The kernels index by these without looking again.
 void check_offsets(const char* name, const at::Tensor& offsets, int64_t count, int64_t end) {
   TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.sizes() == at::IntArrayRef({count + 1}),
               "expert_mlp: ", name, " are ", offsets.scalar_type(), " ", offsets.sizes(),
               "; expected int32 [", count + 1, "]");
   const int32_t* value = offsets.const_data_ptr<int32_t>();
-  bool rises = value[0] == 0 && value[count] == end;
-  for (int64_t i = 0; i < count; ++i) {
-    rises = rises && value[i] <= value[i + 1];
-  }
-  TORCH_CHECK_VALUE(rises, "Routing.", name, " must rise from 0 to ", end, ", the number of slots, and end in ",
-                    value[count]);
+  TORCH_CHECK_VALUE(value[0] == 0 && value[count] == end && std::is_sorted(value, value + count + 1),
+                    "Routing.", name, " must rise from 0 to ", end, ", the number of slots, got ",
+                    at::IntArrayRef(std::vector<int64_t>(value, value + std::min<int64_t>(count + 1, 8))),
+                    count < 8 ? "" : " ...", " ending in ", value[count]);
 }
 
 void check_indices(const char* name, const at::Tensor& index, int64_t slots, int64_t end) {
-  TORCH_CHECK(index.scalar_type() == at::kInt && index.sizes() == at::IntArrayRef({slots}), "expert_mlp: ",
-              name, " is ", index.scalar_type(), " ", index.sizes(), "; expected int32 [", slots, "]");
-  const int32_t* value = index.const_data_ptr<int32_t>();
-  for (int64_t s = 0; s < slots; ++s) {
-    TORCH_CHECK_VALUE(value[s] >= 0 && value[s] < end, "Routing.", name, " holds ", value[s], " at slot ", s,
-                      ", outside 0 to ", end - 1);
+  TORCH_CHECK(index.scalar_type() == at::kInt && index.sizes() == at::IntArrayRef({slots}),
+              "expert_mlp: ", name, " is ", index.scalar_type(), " ", index.sizes(), "; expected int32 [",
+              slots, "]");
+  if (slots == 0) {
+    return;
   }
+  const int32_t* value = index.const_data_ptr<int32_t>();
+  const auto [lowest, highest] = std::minmax_element(value, value + slots);
+  TORCH_CHECK_VALUE(*lowest >= 0 && *highest < end, "Routing.", name, " holds indices from ", *lowest, " to ",
+                    *highest, ", outside 0 to ", end - 1);
 }
 
 // Holds the contiguous tensors that an ExpertProblem points into.
@@ -55,9 +58,9 @@ struct Problem : ExpertProblem {
 };
 
 Problem make_problem(const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight,
-                     const at::Tensor& expert_offsets, const at::Tensor& token_offsets, const at::Tensor& slot,
-                     const at::Tensor& gate_up, const at::Tensor& down, std::string_view activation, bool gated,
-                     const std::optional<at::Tensor>& gate_up_bias,
+                     const at::Tensor& expert_offsets, const at::Tensor& token_offsets,
+                     const at::Tensor& slot, const at::Tensor& gate_up, const at::Tensor& down,
+                     std::string_view activation, bool gated, const std::optional<at::Tensor>& gate_up_bias,
                      const std::optional<at::Tensor>& down_bias) {
   TORCH_CHECK(x.dim() == 2 && gate_up.dim() == 3 && down.dim() == 3 && gate_up.size(2) == x.size(1),
               "expert_mlp: x is ", x.sizes(), ", gate_up ", gate_up.sizes(), ", down ", down.sizes(),
@@ -71,10 +74,12 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& token, const at::Ten
   TORCH_CHECK((!gated || p.U % 2 == 0) && down.sizes() == at::IntArrayRef({p.E, p.H, p.I}),
               "expert_mlp: down is ", down.sizes(), " beside gate_up ", gate_up.sizes(), "; expected [", p.E,
               ", ", p.H, ", ", p.I, "]");
-  TORCH_CHECK(p.dtype == at::kFloat || p.dtype == at::kBFloat16 || p.dtype == at::kHalf || p.dtype == at::kDouble,
-              "expert_mlp: x is ", p.dtype, "; expected float32, bfloat16, float16 or float64");
+  TORCH_CHECK(
+      p.dtype == at::kFloat || p.dtype == at::kBFloat16 || p.dtype == at::kHalf || p.dtype == at::kDouble,
+      "expert_mlp: x is ", p.dtype, "; expected float32, bfloat16, float16 or float64");
   for (const at::Tensor* t : {&gate_up, &down}) {
-    TORCH_CHECK(t->scalar_type() == p.dtype, "expert_mlp: weights are ", t->scalar_type(), " and x is ", p.dtype);
+    TORCH_CHECK(t->scalar_type() == p.dtype, "expert_mlp: weights are ", t->scalar_type(), " and x is ",
+                p.dtype);
   }
   const auto bias = [&](const std::optional<at::Tensor>& given, int64_t rows) -> const void* {
     if (!given.has_value()) {
@@ -87,15 +92,17 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& token, const at::Ten
   };
   p.up_bias = bias(gate_up_bias, p.U);
   p.down_bias = bias(down_bias, p.H);
-  const auto ints = [&](const at::Tensor& t) { return p.hold(t).const_data_ptr<int32_t>(); };
-  check_offsets("expert_offsets", expert_offsets, p.E, p.S);
-  check_offsets("token_offsets", token_offsets, p.T, p.S);
-  check_indices("token", token, p.S, p.T);
-  check_indices("slot", slot, p.S, p.S);
+  const auto checked = [&](auto check, const char* name, const at::Tensor& t, int64_t count, int64_t end) {
+    const at::Tensor& held = p.hold(t);
+    check(name, held, count, end);
+    return held.const_data_ptr<int32_t>();
+  };
+  p.expert_offsets = checked(check_offsets, "expert_offsets", expert_offsets, p.E, p.S);
+  p.token_offsets = checked(check_offsets, "token_offsets", token_offsets, p.T, p.S);
+  p.token = checked(check_indices, "token", token, p.S, p.T);
+  p.slot = checked(check_indices, "slot", slot, p.S, p.S);
   TORCH_CHECK(weight.sizes() == token.sizes(), "expert_mlp: weight is ", weight.sizes(), "; expected ",
               token.sizes());
-  p.token = ints(token), p.slot = ints(slot);
-  p.expert_offsets = ints(expert_offsets), p.token_offsets = ints(token_offsets);
   p.weight = p.hold(weight.to(p.dtype == at::kDouble ? at::kDouble : at::kFloat)).const_data_ptr();
   p.x = p.hold(x).const_data_ptr();
   p.gate_up = p.hold(gate_up).const_data_ptr();
@@ -105,12 +112,14 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& token, const at::Ten
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(
-    const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight, const at::Tensor& expert_offsets,
-    const at::Tensor& token_offsets, const at::Tensor& slot, const at::Tensor& gate_up,
-    const at::Tensor& down, std::string_view activation, bool gated,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    bool keep_hidden) {
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x, const at::Tensor& token,
+                                                  const at::Tensor& weight, const at::Tensor& expert_offsets,
+                                                  const at::Tensor& token_offsets, const at::Tensor& slot,
+                                                  const at::Tensor& gate_up, const at::Tensor& down,
+                                                  std::string_view activation, bool gated,
+                                                  const std::optional<at::Tensor>& gate_up_bias,
+                                                  const std::optional<at::Tensor>& down_bias,
+                                                  bool keep_hidden) {
   const Problem p = make_problem(x, token, weight, expert_offsets, token_offsets, slot, gate_up, down,
                                  activation, gated, gate_up_bias, down_bias);
   at::Tensor y = at::empty({p.T, p.H}, x.options());
@@ -142,18 +151,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                   hidden.scalar_type() == p.dtype,
               "expert_mlp_backward: grad_y is ", grad_y.sizes(), " and hidden ", hidden.scalar_type(), " ",
               hidden.sizes(), "; expected ", x.sizes(), " and ", p.dtype, " [", p.S, ", ", p.U, "]");
-  const at::Tensor empty = at::empty({0}, x.options());
-  const auto grad = [&](int which, const at::Tensor& like) {
-    return needs[which] ? at::empty_like(like, at::MemoryFormat::Contiguous) : empty;
+  const auto grad = [&](int which, const std::optional<at::Tensor>& like) {
+    return needs[which] && like.has_value() ? at::empty_like(*like, at::MemoryFormat::Contiguous)
+                                            : at::empty({0}, x.options());
   };
+  const auto acc_dtype = p.dtype == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor grads[] = {grad(0, x),
-                        needs[1] ? at::empty({p.S}, p.held.empty() ? x.options() : x.options().dtype(
-                                       p.dtype == at::kDouble ? at::kDouble : at::kFloat))
-                                 : empty,
+                        at::empty({needs[1] ? p.S : 0}, x.options().dtype(acc_dtype)),
                         grad(2, gate_up),
                         grad(3, down),
-                        gate_up_bias.has_value() ? grad(4, *gate_up_bias) : empty,
-                        down_bias.has_value() ? grad(5, *down_bias) : empty};
+                        grad(4, gate_up_bias),
+                        grad(5, down_bias)};
   const auto data = [](at::Tensor& t) { return t.numel() > 0 ? t.data_ptr() : nullptr; };
   const ExpertBackward args{p,
                             p.hold(grad_y.to(p.dtype)).const_data_ptr(),
@@ -165,10 +173,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                             data(grads[4]),
                             data(grads[5])};
   PYVLM_DISPATCH_ISA(expert_mlp_backward, args);
-  if (needs[1]) {
-    grads[1] = grads[1].to(weight.scalar_type());
-  }
-  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+  return {grads[0], grads[1].to(needs[1] ? weight.scalar_type() : p.dtype), grads[2], grads[3], grads[4],
+          grads[5]};
 }
 
 }  // namespace pyvlm

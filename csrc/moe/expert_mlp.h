@@ -17,12 +17,14 @@
 namespace pyvlm {
 
 // y [T, H], and the pre-activation [S, U], empty unless it is kept.
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(
-    const at::Tensor& x, const at::Tensor& token, const at::Tensor& weight, const at::Tensor& expert_offsets,
-    const at::Tensor& token_offsets, const at::Tensor& slot, const at::Tensor& gate_up,
-    const at::Tensor& down, std::string_view activation, bool gated,
-    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
-    bool keep_hidden);
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x, const at::Tensor& token,
+                                                  const at::Tensor& weight, const at::Tensor& expert_offsets,
+                                                  const at::Tensor& token_offsets, const at::Tensor& slot,
+                                                  const at::Tensor& gate_up, const at::Tensor& down,
+                                                  std::string_view activation, bool gated,
+                                                  const std::optional<at::Tensor>& gate_up_bias,
+                                                  const std::optional<at::Tensor>& down_bias,
+                                                  bool keep_hidden);
 
 // Gradients of x, weight, gate_up, down and the biases; empty where `needs` is false.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
@@ -41,9 +43,9 @@ struct ExpertProblem {
   Activation activation;
   at::ScalarType dtype;
   const int32_t *token, *expert_offsets, *token_offsets, *slot;
-  const void* weight;                 // [S], acc_t
-  const void *x, *gate_up, *down;     // [T, H], [E, U, H], [E, H, I]
-  const void *up_bias, *down_bias;    // [E, U], [E, H], or null
+  const void* weight;               // [S], acc_t
+  const void *x, *gate_up, *down;   // [T, H], [E, U, H], [E, H, I]
+  const void *up_bias, *down_bias;  // [E, U], [E, H], or null
 };
 
 struct ExpertForward {
@@ -54,11 +56,11 @@ struct ExpertForward {
 
 struct ExpertBackward {
   ExpertProblem problem;
-  const void *grad_y, *hidden;                // [T, H], [S, U]
-  void* grad_x;                               // [T, H]; this and the others may be null
-  void* grad_weight;                          // [S], acc_t
-  void *grad_gate_up, *grad_down;             // as the weights
-  void *grad_up_bias, *grad_down_bias;        // as the biases
+  const void *grad_y, *hidden;          // [T, H], [S, U]
+  void* grad_x;                         // [T, H]; this and the others may be null
+  void* grad_weight;                    // [S], acc_t
+  void *grad_gate_up, *grad_down;       // as the weights
+  void *grad_up_bias, *grad_down_bias;  // as the biases
 };
 
 PYVLM_DECLARE_FOR_EACH_ISA(void expert_mlp_forward(const ExpertForward&);

@@ -100,7 +100,8 @@ class Backward {
           gather_rows(rows, p_.H, a_.grad_y, p_.H, token, count);
           pack_a<Gemm>(grad_y_[group], rows, p_.H, count, p_.H, kGroup, depth_);
           if (a_.grad_down != nullptr) {
-            pack_a_transposed<Gemm>(grad_y_t_[0].from(group * kGroup), rows, p_.H, count, p_.H, kGroup, depth_);
+            pack_a_transposed<Gemm>(grad_y_t_[0].from(group * kGroup), rows, p_.H, count, p_.H, kGroup,
+                                    depth_);
           }
           if (a_.grad_gate_up != nullptr) {
             gather_rows(rows, p_.H, p_.x, p_.H, token, count);
@@ -115,35 +116,36 @@ class Backward {
   }
 
   void grad_hidden(const Batch& batch) const {
-    for_panels<Scratch>(batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
-                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-      [[maybe_unused]] const typename Gemm::Session session;
-      const Chunk& chunk = batch.chunks[i];
-      const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
-      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t c = (first + panel) * kPanel;
-        pack_rows<Gemm>(scratch, weights + k * p_.I + c, p_.I, p_.H - k, p_.I - c, depth, kPanel);
-        return scratch;
-      };
-      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
-                                         grad_y_[chunk.group], grad_y_.size, operand);
-      for (int64_t panel = 0; panel < count; ++panel) {
-        const int64_t c = (first + panel) * kPanel;
-        for (int64_t g = 0; g < chunk.groups(); ++g) {
-          with_activation(p_.activation, [&](auto activation) {
-            for (int64_t row = 0; row < kGroup; row += 2) {
-              differentiate<activation.value>(x.sum(panel, g) + row * kPanel, chunk, g * kGroup + row, c);
+    for_panels<Scratch>(
+        batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
+        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+          [[maybe_unused]] const typename Gemm::Session session;
+          const Chunk& chunk = batch.chunks[i];
+          const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
+          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
+            const int64_t c = (first + panel) * kPanel;
+            pack_rows<Gemm>(scratch, weights + k * p_.I + c, p_.I, p_.H - k, p_.I - c, depth, kPanel);
+            return scratch;
+          };
+          multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
+                                             grad_y_[chunk.group], grad_y_.size, operand);
+          for (int64_t panel = 0; panel < count; ++panel) {
+            const int64_t c = (first + panel) * kPanel;
+            for (int64_t g = 0; g < chunk.groups(); ++g) {
+              with_activation(p_.activation, [&](auto activation) {
+                for (int64_t row = 0; row < kGroup; row += 2) {
+                  differentiate<activation.value>(x.sum(panel, g) + row * kPanel, chunk, g * kGroup + row, c);
+                }
+              });
+              if (a_.grad_gate_up != nullptr) {
+                transpose_tiles(chunk.group + g, c);
+              }
             }
-          });
-          if (a_.grad_gate_up != nullptr) {
-            transpose_tiles(chunk.group + g, c);
+            if (a_.grad_up_bias != nullptr) {
+              sum_tiles(grad_biases_ + i * halves_ * width_, chunk, c);
+            }
           }
-        }
-        if (a_.grad_up_bias != nullptr) {
-          sum_tiles(grad_biases_ + i * halves_ * width_, chunk, c);
-        }
-      }
-    });
+        });
   }
 
   // From the products of two slots with dY to the gradients of 64 channels of their pre-activations, to the
@@ -204,7 +206,8 @@ class Backward {
   void transpose_tiles(int64_t group, int64_t c) const {
     for (int64_t half = 0; half < halves_; ++half) {
       const int64_t column = half * width_ + c;
-      const Operand<op_t> from = grad_hidden_[group].from(column), to = grad_hidden_t_[column].from(group * kGroup);
+      const Operand<op_t> from = grad_hidden_[group].from(column),
+                          to = grad_hidden_t_[column].from(group * kGroup);
       for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
         transpose(to.data + plane * to.plane, to.ld, from.data + plane * from.plane, from.ld, kGroup, kPanel);
       }
@@ -246,38 +249,41 @@ class Backward {
 
   void grad_x(const Batch& batch) const {
     const int64_t panels = depth_ / kPanel, K = halves_ * width_;
-    for_panels<Scratch>(batch.chunks.size(), panels, kPanel * kChunk * K,
-                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-      [[maybe_unused]] const typename Gemm::Session session;
-      const Chunk& chunk = batch.chunks[i];
-      const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
-      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t c = (first + panel) * kPanel;
-        Operand<op_t> to = scratch;
-        for (int64_t end = k + depth, next; k < end; k = next) {  // gate rows and up rows are padded apart
-          const int64_t half = k / width_, row = k - half * width_;
-          next = std::min(end, (half + 1) * width_);
-          pack_rows<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, p_.I - row, p_.H - c, next - k, kPanel);
-          to = to.from((next - k) * kPanel);
-        }
-        return scratch;
-      };
-      multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size, operand);
-      for (int64_t panel = 0; panel < count; ++panel) {
-        const int64_t c = (first + panel) * kPanel;
-        for (int64_t s = 0; s < chunk.slots; ++s) {
-          const acc_t* from = x.sum(panel, s / kGroup) + s % kGroup * kPanel;
-          store_sums(rows_ + (chunk.first + s) * p_.H + c, p_.H - c, from, kPanel);
-        }
-      }
-    });
+    for_panels<Scratch>(
+        batch.chunks.size(), panels, kPanel * kChunk * K,
+        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+          [[maybe_unused]] const typename Gemm::Session session;
+          const Chunk& chunk = batch.chunks[i];
+          const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
+          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
+            const int64_t c = (first + panel) * kPanel;
+            Operand<op_t> to = scratch;
+            for (int64_t end = k + depth, next; k < end;
+                 k = next) {  // gate rows and up rows are padded apart
+              const int64_t half = k / width_, row = k - half * width_;
+              next = std::min(end, (half + 1) * width_);
+              pack_rows<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, p_.I - row, p_.H - c,
+                              next - k, kPanel);
+              to = to.from((next - k) * kPanel);
+            }
+            return scratch;
+          };
+          multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group],
+                                             grad_hidden_.size, operand);
+          for (int64_t panel = 0; panel < count; ++panel) {
+            const int64_t c = (first + panel) * kPanel;
+            for (int64_t s = 0; s < chunk.slots; ++s) {
+              const acc_t* from = x.sum(panel, s / kGroup) + s % kGroup * kPanel;
+              store_sums(rows_ + (chunk.first + s) * p_.H + c, p_.H - c, from, kPanel);
+            }
+          }
+        });
   }
 
   void grad_down(const Batch& batch) const {
-    multiply_over_slots(batch, 1, p_.H, depth_, grad_y_t_, p_.I, act_,
-                        [&](int64_t e, int64_t row) {
-                          return static_cast<scalar_t*>(a_.grad_down) + (e * p_.H + row) * p_.I;
-                        });
+    multiply_over_slots(batch, 1, p_.H, depth_, grad_y_t_, p_.I, act_, [&](int64_t e, int64_t row) {
+      return static_cast<scalar_t*>(a_.grad_down) + (e * p_.H + row) * p_.I;
+    });
   }
 
   void grad_gate_up(const Batch& batch) const {
@@ -292,29 +298,31 @@ class Backward {
                            const Operands<Gemm>& left, int64_t columns, const Operands<Gemm>& right,
                            const Row& of_row) const {
     const int64_t chunks = (columns + kChunk - 1) / kChunk;
-    for_panels<Scratch>(batch.experts * chunks, halves * padded_rows / kPanel, kPanel * kChunk * p_.S / p_.E,
-                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-      [[maybe_unused]] const typename Gemm::Session session;
-      const int64_t e = i / chunks, column = i % chunks * kChunk;
-      const int64_t group = batch.first_group[e], K = (batch.first_group[e + 1] - group) * kGroup;
-      const int64_t groups = (std::min(kChunk, columns - column) + kGroup - 1) / kGroup;
-      const auto operand = [&](const Operand<op_t>&, int64_t panel, int64_t k, int64_t) {
-        return left[(first + panel) * kPanel].from(group * kGroup + k);
-      };
-      multiply_panels<Gemm, Streamed::a>(x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup),
-                                         right.size, operand);
-      for (int64_t panel = 0; panel < count; ++panel) {
-        const int64_t half = (first + panel) * kPanel / padded_rows, row = (first + panel) * kPanel % padded_rows;
-        for (int64_t r = 0; r < std::min(kPanel, rows - row); ++r) {
-          scalar_t* out = of_row(batch.first_expert + e, half * rows + row + r) + column;
-          for (int64_t g = 0; g < groups; ++g) {
-            store_sums(out + g * kGroup, columns - column - g * kGroup, x.sum(panel, g) + r * kGroup, kGroup);
+    for_panels<Scratch>(
+        batch.experts * chunks, halves * padded_rows / kPanel, kPanel * kChunk * p_.S / p_.E,
+        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+          [[maybe_unused]] const typename Gemm::Session session;
+          const int64_t e = i / chunks, column = i % chunks * kChunk;
+          const int64_t group = batch.first_group[e], K = (batch.first_group[e + 1] - group) * kGroup;
+          const int64_t groups = (std::min(kChunk, columns - column) + kGroup - 1) / kGroup;
+          const auto operand = [&](const Operand<op_t>&, int64_t panel, int64_t k, int64_t) {
+            return left[(first + panel) * kPanel].from(group * kGroup + k);
+          };
+          multiply_panels<Gemm, Streamed::a>(
+              x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup), right.size, operand);
+          for (int64_t panel = 0; panel < count; ++panel) {
+            const int64_t half = (first + panel) * kPanel / padded_rows,
+                          row = (first + panel) * kPanel % padded_rows;
+            for (int64_t r = 0; r < std::min(kPanel, rows - row); ++r) {
+              scalar_t* out = of_row(batch.first_expert + e, half * rows + row + r) + column;
+              for (int64_t g = 0; g < groups; ++g) {
+                store_sums(out + g * kGroup, columns - column - g * kGroup, x.sum(panel, g) + r * kGroup,
+                           kGroup);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   }
-
 
   // The sums of a row, of which `count` are in the tensor.
   static void store_sums(scalar_t* to, int64_t count, const acc_t* sums, int64_t width) {

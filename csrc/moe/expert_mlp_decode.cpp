@@ -25,7 +25,8 @@ class Decode {
     for (int64_t s = 0; s < p_.S; ++s) {
       at::vec::convert(at(p_.x, p_.token[s] * p_.H), x_ + s * p_.H, p_.H);
     }
-    for_rows(p_.I, (p_.gated ? 2 : 1) * p_.H, [&](int64_t e, int64_t first, int64_t count) { up(e, first, count); });
+    for_rows(p_.I, (p_.gated ? 2 : 1) * p_.H,
+             [&](int64_t e, int64_t first, int64_t count) { up(e, first, count); });
     for_rows(p_.H, p_.I, [&](int64_t e, int64_t first, int64_t count) { down(e, first, count); });
     sum_slots<acc_t>(p_, rows_, static_cast<scalar_t*>(a_.y));
   }
@@ -35,7 +36,7 @@ class Decode {
   using V = Vec<acc_t>;
   static constexpr Precision kPrecision =
       std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
-  static constexpr int64_t kRows = 32;    // rows of a task
+  static constexpr int64_t kRows = 32;  // rows of a task
   static constexpr int kMaxTokens = 8;
 
   static const scalar_t* at(const void* tensor, int64_t offset) {
@@ -65,7 +66,8 @@ class Decode {
           of_token[j] += static_cast<acc_t>(*at(p_.up_bias, row + j));
         }
         if (a_.hidden != nullptr) {
-          at::vec::convert(of_token, static_cast<scalar_t*>(a_.hidden) + (slot + t) * p_.U + half * p_.I + first, count);
+          at::vec::convert(
+              of_token, static_cast<scalar_t*>(a_.hidden) + (slot + t) * p_.U + half * p_.I + first, count);
         }
       }
     }
@@ -89,23 +91,33 @@ class Decode {
       const acc_t weight = static_cast<const acc_t*>(p_.weight)[slot + t];
       acc_t* row = rows_ + (slot + t) * p_.H + first;
       for (int64_t j = 0; j < count; ++j) {
-        const acc_t bias = p_.down_bias == nullptr ? acc_t(0) : static_cast<acc_t>(*at(p_.down_bias, e * p_.H + first + j));
+        const acc_t bias =
+            p_.down_bias == nullptr ? acc_t(0) : static_cast<acc_t>(*at(p_.down_bias, e * p_.H + first + j));
         row[j] = (out[t * kRows + j] + bias) * weight;
       }
     }
   }
 
   // out[t, j] = rows[j] · tokens[t], both K long.
-  static void multiply(const scalar_t* rows, int64_t K, int64_t count, const acc_t* tokens, int64_t number, acc_t* out) {
+  static void multiply(const scalar_t* rows, int64_t K, int64_t count, const acc_t* tokens, int64_t number,
+                       acc_t* out) {
     switch (number) {
-      case 1: return multiply_by<1>(rows, K, count, tokens, out);
-      case 2: return multiply_by<2>(rows, K, count, tokens, out);
-      case 3: return multiply_by<3>(rows, K, count, tokens, out);
-      case 4: return multiply_by<4>(rows, K, count, tokens, out);
-      case 5: return multiply_by<5>(rows, K, count, tokens, out);
-      case 6: return multiply_by<6>(rows, K, count, tokens, out);
-      case 7: return multiply_by<7>(rows, K, count, tokens, out);
-      default: return multiply_by<8>(rows, K, count, tokens, out);
+      case 1:
+        return multiply_by<1>(rows, K, count, tokens, out);
+      case 2:
+        return multiply_by<2>(rows, K, count, tokens, out);
+      case 3:
+        return multiply_by<3>(rows, K, count, tokens, out);
+      case 4:
+        return multiply_by<4>(rows, K, count, tokens, out);
+      case 5:
+        return multiply_by<5>(rows, K, count, tokens, out);
+      case 6:
+        return multiply_by<6>(rows, K, count, tokens, out);
+      case 7:
+        return multiply_by<7>(rows, K, count, tokens, out);
+      default:
+        return multiply_by<8>(rows, K, count, tokens, out);
     }
   }
 

@@ -71,23 +71,25 @@ class Forward {
   // Pre-activations and activations. Of gated experts, panels of gate rows and of up rows take turns.
   void up(const Batch& batch) const {
     const int64_t panels = halves_ * width_ / kPanel;
-    for_panels<Scratch>(batch.chunks.size(), panels, kPanel * kChunk * p_.H,
-                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-      [[maybe_unused]] const typename Gemm::Session session;
-      const Chunk& chunk = batch.chunks[i];
-      const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
-      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t c = (first + panel) / halves_ * kPanel, row = panel % halves_ * p_.I + c;
-        return panel_of_rows<Gemm>(scratch, weights + row * p_.H + k, p_.H, p_.I - c, p_.H - k, depth);
-      };
-      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size, operand);
-      for (int64_t panel = 0; panel < count; panel += halves_) {
-        for (int64_t g = 0; g < chunk.groups(); ++g) {
-          acc_t* tiles[] = {x.sum(panel, g), p_.gated ? x.sum(panel + 1, g) : nullptr};
-          activate_tiles(tiles, chunk, g, (first + panel) / halves_ * kPanel);
-        }
-      }
-    });
+    for_panels<Scratch>(
+        batch.chunks.size(), panels, kPanel * kChunk * p_.H,
+        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+          [[maybe_unused]] const typename Gemm::Session session;
+          const Chunk& chunk = batch.chunks[i];
+          const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
+          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
+            const int64_t c = (first + panel) / halves_ * kPanel, row = panel % halves_ * p_.I + c;
+            return panel_of_rows<Gemm>(scratch, weights + row * p_.H + k, p_.H, p_.I - c, p_.H - k, depth);
+          };
+          multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size,
+                                             operand);
+          for (int64_t panel = 0; panel < count; panel += halves_) {
+            for (int64_t g = 0; g < chunk.groups(); ++g) {
+              acc_t* tiles[] = {x.sum(panel, g), p_.gated ? x.sum(panel + 1, g) : nullptr};
+              activate_tiles(tiles, chunk, g, (first + panel) / halves_ * kPanel);
+            }
+          }
+        });
   }
 
   void activate_tiles(acc_t* const (&tiles)[2], const Chunk& chunk, int64_t g, int64_t c) const {
@@ -121,31 +123,34 @@ class Forward {
   // Each slot's output, times its weight.
   void down(const Batch& batch) const {
     const int64_t panels = (p_.H + kPanel - 1) / kPanel, K = round_up(p_.I, Gemm::kDepth);
-    for_panels<Scratch>(batch.chunks.size(), panels, kPanel * kChunk * p_.I,
-                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-      [[maybe_unused]] const typename Gemm::Session session;
-      const Chunk& chunk = batch.chunks[i];
-      const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
-      const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-        const int64_t row = (first + panel) * kPanel;
-        return panel_of_rows<Gemm>(scratch, weights + row * p_.I + k, p_.I, p_.H - row, p_.I - k, depth);
-      };
-      multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), K, act_[chunk.group], act_.size, operand);
-      for (int64_t g = 0; g < chunk.groups(); ++g) {
-        const int64_t slot = chunk.first + g * kGroup, slots = std::min(kGroup, chunk.slots - g * kGroup);
-        const acc_t* weight = static_cast<const acc_t*>(p_.weight) + slot;
-        alignas(64) acc_t of_lane[kGroup] = {};
-        std::copy(weight, weight + slots, of_lane);
-        for (int64_t panel = 0; panel < count; ++panel) {
-          const int64_t row = (first + panel) * kPanel, rows = std::min(kPanel, p_.H - row);
-          acc_t* tile = x.sum(panel, g);
-          if (p_.down_bias != nullptr) {
-            add_bias(tile, at(p_.down_bias, chunk.expert * p_.H + row), rows);
+    for_panels<Scratch>(
+        batch.chunks.size(), panels, kPanel * kChunk * p_.I,
+        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+          [[maybe_unused]] const typename Gemm::Session session;
+          const Chunk& chunk = batch.chunks[i];
+          const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
+          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
+            const int64_t row = (first + panel) * kPanel;
+            return panel_of_rows<Gemm>(scratch, weights + row * p_.I + k, p_.I, p_.H - row, p_.I - k, depth);
+          };
+          multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), K, act_[chunk.group], act_.size,
+                                             operand);
+          for (int64_t g = 0; g < chunk.groups(); ++g) {
+            const int64_t slot = chunk.first + g * kGroup, slots = std::min(kGroup, chunk.slots - g * kGroup);
+            const acc_t* weight = static_cast<const acc_t*>(p_.weight) + slot;
+            alignas(64) acc_t of_lane[kGroup] = {};
+            std::copy(weight, weight + slots, of_lane);
+            for (int64_t panel = 0; panel < count; ++panel) {
+              const int64_t row = (first + panel) * kPanel, rows = std::min(kPanel, p_.H - row);
+              acc_t* tile = x.sum(panel, g);
+              if (p_.down_bias != nullptr) {
+                add_bias(tile, at(p_.down_bias, chunk.expert * p_.H + row), rows);
+              }
+              store_transposed(rows_ + slot * p_.H + row, p_.H, int64_t(1), tile, kGroup, slots, rows,
+                               of_lane);
+            }
           }
-          store_transposed(rows_ + slot * p_.H + row, p_.H, int64_t(1), tile, kGroup, slots, rows, of_lane);
-        }
-      }
-    });
+        });
   }
 
   static void add_bias(acc_t* tile, const scalar_t* bias, int64_t rows) {

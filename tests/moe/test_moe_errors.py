@@ -166,10 +166,12 @@ def test_routings_that_do_not_fit_together(
         ({"token_offsets": int32(0, 2, 4, 6, 8, 10, 13)}, "token_offsets must rise from 0 to 12"),
     ],
 )
-def test_indices_out_of_range(routing: Routing, change: dict[str, Tensor], message: str) -> None:
+def test_indices_out_of_range(
+    routing: Routing, change: dict[str, Tensor], message: str, backend: str
+) -> None:
     layer = random_layer(E, H, I, dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
-        expert_mlp(torch.randn(T, H), replace(routing, **change), **layer)
+        expert_mlp(torch.randn(T, H), replace(routing, **change), **layer, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_indices_out_of_range(routing: Routing, change: dict[str, Tensor], messa
         ({"gate_up_bias": torch.zeros(E, I)}, ValueError, r"gate_up_bias must be \[3, 10\]"),
         ({"down_bias": torch.zeros(H)}, ValueError, r"down_bias must be \[3, 8\]"),
         ({"activation": "swish"}, ValueError, "activation='swish' is unknown; expected one of 'silu'"),
-        ({"backend": "native"}, RuntimeError, "expert_mlp has no native implementation"),
+        ({"backend": "triton"}, RuntimeError, "expert_mlp has no triton implementation"),
     ],
 )
 def test_expert_mlp(routing: Routing, arguments: dict[str, Any], error: type, message: str) -> None:
