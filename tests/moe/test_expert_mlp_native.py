@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe.cases import SMALL_CASES, ExpertCase
 from moe_helpers import random_layer
 from tolerance import assert_close
 from torch import Tensor
@@ -56,27 +57,11 @@ def assert_right(x: Tensor, routing: Routing, layer: Layer, **options: object) -
         assert_close(tensor, expected[name], plain=plain[name], name=name)
 
 
-# The kernels' own sizes: 32 slots and 64 channels a tile, 256 slots a chunk, 256 channels (bf16) a step.
-SIZES = {  # tokens, hidden, intermediate, experts, top_k
-    "less than a tile": (9, 8, 8, 1, 1),
-    "more than a tile of everything": (70, 96, 130, 2, 1),
-    "several chunks": (600, 40, 24, 1, 1),
-    "several steps": (40, 600, 530, 2, 1),
-    "odd rows": (100, 67, 33, 3, 2),
-    "few tokens": (8, 130, 67, 4, 2),
-    "one token": (1, 64, 96, 8, 2),
-    "an expert of eight tokens": (8, 67, 40, 1, 1),
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes(size: str, dtype: torch.dtype) -> None:
-    tokens, hidden, intermediate, experts, top_k = SIZES[size]
-    layer = make_layer(experts, hidden, intermediate, True, True, dtype)
-    assert_right(
-        torch.randn(tokens, hidden).to(dtype), token_choice(torch.randn(tokens, experts), top_k), layer
-    )
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_sizes(case: ExpertCase, dtype: torch.dtype) -> None:
+    layer = make_layer(case.experts, case.hidden, case.intermediate, True, True, dtype)
+    assert_right(torch.randn(case.tokens, case.hidden).to(dtype), case.route(case.logits()), layer)
 
 
 def test_more_depth_than_stays_in_a_cache() -> None:
