@@ -9,7 +9,24 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace pyvlm {
+
+// Asks for pages of 2 MB behind memory that was not written yet: the first touch of 4 KB took 0.9 us, that of
+// 2 MB some 150 us. An allocation that is too small, or not fresh, stays as it is.
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
 
 class Arena {
  public:
@@ -45,6 +62,7 @@ class Scratch {
           std::aligned_alloc(kAlign, static_cast<size_t>((bytes + kAlign - 1) / kAlign * kAlign)));
       TORCH_CHECK_WITH(OutOfMemoryError, buffer->data != nullptr, "pyvlm: no memory for ", bytes,
                        " bytes of scratch in one thread");
+      prefer_huge_pages(buffer->data.get(), bytes);
       buffer->bytes = bytes;
     }
     data_ = buffer->data.get();

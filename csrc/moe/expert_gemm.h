@@ -16,7 +16,7 @@
 namespace pyvlm::CPU_CAPABILITY {
 
 inline constexpr int64_t kGroup = 32, kPanel = 64;
-inline constexpr int64_t kChunk = 256;       // slots, or columns, that are resident at once
+inline constexpr int64_t kChunk = 512;       // slots, or columns, that are resident at once
 inline constexpr int64_t kPanelsAtOnce = 4;  // whose sums wait in L2 while the depth is worked through
 
 // Operands of one size, one behind the other.
@@ -50,9 +50,9 @@ struct Batch {
   std::vector<int64_t> first_group;  // of each expert, and the end
 };
 
-inline std::vector<Batch> make_batches(const ExpertProblem& p) {
-  // Enough for all threads; more slots would only take more memory, whose first touch costs.
-  const int64_t limit = 512 * at::get_num_threads();
+inline std::vector<Batch> make_batches(const ExpertProblem& p, int64_t slot_bytes) {
+  // As little as threads do not starve on, and up to 32 MB.
+  const int64_t limit = std::max<int64_t>(512 * at::get_num_threads(), (32 << 20) / slot_bytes);
   std::vector<Batch> batches;
   int64_t slots = 0;
   for (int64_t e = 0; e < p.E; ++e) {
@@ -94,7 +94,7 @@ struct PanelScratch {
   typename Gemm::acc_t* sums;  // [kPanelsAtOnce, groups of a chunk, a panel times a group]
 
   explicit PanelScratch(Arena& arena) {
-    const int64_t size = kPanel * Blocking<Gemm>::kStep;
+    const int64_t size = kPanelsAtOnce * kPanel * Blocking<Gemm>::kStep;
     panel = {arena.take<typename Gemm::op_t>(Gemm::kPlanes * size), 0, size};
     sums = arena.take<typename Gemm::acc_t>(kPanelsAtOnce * kChunk * kPanel);
   }
@@ -103,7 +103,18 @@ struct PanelScratch {
   }
 };
 
-enum class Streamed { a, b };
+// Calls f(begin, end) for pieces of the depth, of which as much of a chunk as is resident is worked through.
+template <typename Gemm, typename F>
+void for_depth(const PanelScratch<Gemm>& x, int64_t K, const F& f) {
+  if (K == 0) {
+    std::fill(x.sums, x.sums + kPanelsAtOnce * kChunk * kPanel, typename Gemm::acc_t(0));
+    return;
+  }
+  const int64_t depth = Blocking<Gemm>::depth(K);
+  for (int64_t begin = 0; begin < K; begin += depth) {
+    f(begin, std::min(begin + depth, K));
+  }
+}
 
 // A panel of A: rows as they lie where they are an operand already, else packed. Of a core's AMX rate on
 // 64 x 32 x 256 that took 20 to 30 %.
@@ -119,35 +130,46 @@ Operand<typename Gemm::op_t> panel_of_rows(const Operand<typename Gemm::op_t>& s
   return scratch;
 }
 
-// Sums of `panels` panels with `groups` resident groups: [panel, group] where A streams, else [group, panel].
+// Sums of `panels` panels of A with `groups` resident groups of B: tiles [panel, group].
 // operand(scratch, i, k, count) is channels k to k + count of panel i, in scratch memory or elsewhere.
-template <typename Gemm, Streamed streamed, typename Panel>
-void multiply_panels(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups, int64_t K,
-                     const Operand<typename Gemm::op_t>& resident, int64_t group_size, const Panel& operand) {
-  constexpr int64_t step = Blocking<Gemm>::kStep;
-  if (K == 0) {
-    std::fill(x.sums, x.sums + kPanelsAtOnce * kChunk * kPanel, typename Gemm::acc_t(0));
-    return;
-  }
-  const int64_t depth = Blocking<Gemm>::depth(K);
-  Operand<typename Gemm::op_t> scratch = x.panel;
-  scratch.ld = streamed == Streamed::a ? step : kPanel;
-  for (int64_t k0 = 0; k0 < K; k0 += depth) {
+template <typename Gemm, typename Panel>
+void multiply_streamed_a(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups, int64_t K,
+                         const Operand<typename Gemm::op_t>& resident, int64_t group_size,
+                         const Panel& operand) {
+  const Operand<typename Gemm::op_t> scratch{x.panel.data, Blocking<Gemm>::kStep, x.panel.plane};
+  for_depth<Gemm>(x, K, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < panels; ++i) {
-      for (int64_t k = k0; k < std::min(k0 + depth, K); k += step) {
-        const int64_t count = std::min({step, k0 + depth - k, K - k});
+      for (int64_t k = begin; k < end; k += Blocking<Gemm>::kStep) {
+        const int64_t count = std::min(Blocking<Gemm>::kStep, end - k);
         const auto panel = operand(scratch, i, k, count);
         for (int64_t g = 0; g < groups; ++g) {
-          const auto group = resident.from(g * group_size + k * (streamed == Streamed::a ? kGroup : 1));
-          if constexpr (streamed == Streamed::a) {
-            Gemm::multiply({kPanel, kGroup, count, panel, group, x.sum(i, g), kGroup, k > 0});
-          } else {
-            Gemm::multiply({kGroup, kPanel, count, group, panel, x.sum(i, g), kPanel, k > 0});
-          }
+          Gemm::multiply({kPanel, kGroup, count, panel, resident.from(g * group_size + k * kGroup),
+                          x.sum(i, g), kGroup, k > 0});
         }
       }
     }
-  }
+  });
+}
+
+// Sums of `groups` resident groups of A with `panels` panels of B: tiles [group, panel].
+// pack(to, k, count) packs channels k to k + count of all panels, a panel after another: they are parts of
+// the same rows, and of one alone each row would be two cache lines of another page.
+template <typename Gemm, typename Pack>
+void multiply_streamed_b(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups, int64_t K,
+                         const Operand<typename Gemm::op_t>& resident, int64_t group_size, const Pack& pack) {
+  const Operand<typename Gemm::op_t> scratch{x.panel.data, kPanel, x.panel.plane};
+  for_depth<Gemm>(x, K, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k += Blocking<Gemm>::kStep) {
+      const int64_t count = std::min(Blocking<Gemm>::kStep, end - k);
+      pack(scratch, k, count);
+      for (int64_t i = 0; i < panels; ++i) {
+        for (int64_t g = 0; g < groups; ++g) {
+          Gemm::multiply({kGroup, kPanel, count, resident.from(g * group_size + k * kGroup),
+                          scratch.from(i * kPanel * Blocking<Gemm>::kStep), x.sum(i, g), kPanel, k > 0});
+        }
+      }
+    }
+  });
 }
 
 // Calls work(scratch, i, first_panel, panels) for all panels of each of `count` chunks, in tasks of a few
@@ -183,18 +205,21 @@ template <typename Gemm>
 inline constexpr bool kSplitColumns<at::BFloat16, Gemm> = true;
 #endif
 
-// B operand of [padded_rows, padded_cols] of rows as they stand, of which there may be more or fewer.
+// B operands of [padded_rows, padded_cols] of rows as they stand, of which there may be more or fewer: panels
+// of `width` columns, `size` apart.
 template <typename Gemm, typename scalar_t>
-void pack_rows(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_t ld, int64_t rows,
-               int64_t cols, int64_t padded_rows, int64_t padded_cols) {
+void pack_rows(const Operand<typename Gemm::op_t>& to, int64_t width, int64_t size, const scalar_t* from,
+               int64_t ld, int64_t rows, int64_t cols, int64_t padded_rows, int64_t padded_cols) {
   if constexpr (!kSplitColumns<scalar_t, Gemm>) {
-    pack_b<Gemm>(to, from, ld, std::clamp<int64_t>(rows, 0, padded_rows),
-                 std::clamp<int64_t>(cols, 0, padded_cols), padded_rows, padded_cols);
+    for (int64_t c = 0; c < padded_cols; c += width) {
+      pack_b<Gemm>(to.from(c / width * size), from + c, ld, std::clamp<int64_t>(rows, 0, padded_rows),
+                   std::clamp<int64_t>(cols - c, 0, width), padded_rows, width);
+    }
   } else {
     for (int64_t i = 0; i < padded_rows; i += 2) {
       for (int64_t c = 0; c < padded_cols; c += kGroup) {
         const scalar_t* row = from + i * ld + c;
-        scalar_t* out = to.data + i * to.ld + c * 2;
+        scalar_t* out = to.data + c / width * size + i * to.ld + c % width * 2;
         if (i + 2 <= rows && c + kGroup <= cols) {
           interleave_split(out, row, row + ld);
           continue;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "common/arena.h"
+
 namespace pyvlm {
 namespace {
 
@@ -20,6 +22,13 @@ Activation parse_activation(std::string_view name) {
     }
   }
   TORCH_CHECK(false, "expert_mlp: activation '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");
+}
+
+// A tensor of its own, not yet written.
+at::Tensor make_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(sizes, options);
+  prefer_huge_pages(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
+  return t;
 }
 
 // The kernels index by these without looking again.
@@ -122,8 +131,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x, const at:
                                                   bool keep_hidden) {
   const Problem p = make_problem(x, token, weight, expert_offsets, token_offsets, slot, gate_up, down,
                                  activation, gated, gate_up_bias, down_bias);
-  at::Tensor y = at::empty({p.T, p.H}, x.options());
-  at::Tensor hidden = keep_hidden ? at::empty({p.S, p.U}, x.options()) : at::empty({0}, x.options());
+  at::Tensor y = make_empty({p.T, p.H}, x.options());
+  at::Tensor hidden = keep_hidden ? make_empty({p.S, p.U}, x.options()) : at::empty({0}, x.options());
   const ExpertForward args{p, y.data_ptr(), keep_hidden ? hidden.data_ptr() : nullptr};
   int64_t most = 0;
   for (int64_t e = 0; e < p.E; ++e) {
@@ -152,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
               "expert_mlp_backward: grad_y is ", grad_y.sizes(), " and hidden ", hidden.scalar_type(), " ",
               hidden.sizes(), "; expected ", x.sizes(), " and ", p.dtype, " [", p.S, ", ", p.U, "]");
   const auto grad = [&](int which, const std::optional<at::Tensor>& like) {
-    return needs[which] && like.has_value() ? at::empty_like(*like, at::MemoryFormat::Contiguous)
+    return needs[which] && like.has_value() ? make_empty(like->sizes(), x.options())
                                             : at::empty({0}, x.options());
   };
   const auto acc_dtype = p.dtype == at::kDouble ? at::kDouble : at::kFloat;

@@ -18,10 +18,11 @@ class Backward {
         halves_(p_.gated ? 2 : 1),
         depth_(round_up(p_.H, kPanel)),
         width_(round_up(p_.I, kPanel)),
-        panels_(width_ / kPanel) {}
+        panels_(width_ / kPanel),
+        rounds_((panels_ + kPanelsAtOnce - 1) / kPanelsAtOnce) {}
 
   void run() {
-    const std::vector<Batch> batches = make_batches(p_);
+    const std::vector<Batch> batches = make_batches(p_, (3 * depth_ + (1 + 2 * halves_) * width_) * Blocking<Gemm>::kBytes);
     int64_t groups = 0, chunks = 0;
     for (const Batch& batch : batches) {
       groups = std::max(groups, batch.groups);
@@ -59,6 +60,7 @@ class Backward {
   using acc_t = typename Gemm::acc_t;
   using V = Vec<acc_t>;
   using Scratch = PanelScratch<Gemm>;
+  static constexpr int64_t kStep = Blocking<Gemm>::kStep;
   static constexpr Precision kPrecision =
       std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
 
@@ -68,10 +70,10 @@ class Backward {
 
   void lay_out(Arena& arena, int64_t groups, int64_t chunks) {
     const int64_t hidden = halves_ * width_;
+    grad_y_ = Operands<Gemm>(arena, groups, kGroup * round_up(depth_, kStep), kStep);
+    grad_hidden_ = Operands<Gemm>(arena, groups, kGroup * round_up(hidden, kStep), kStep);
     // Rows that are an odd number of cache lines apart: a power of two would put them all into one set of L1.
     constexpr int64_t line = 64 / sizeof(op_t);
-    grad_y_ = Operands<Gemm>(arena, groups, kGroup * (depth_ + line), depth_ + line);
-    grad_hidden_ = Operands<Gemm>(arena, groups, kGroup * (hidden + line), hidden + line);
     if (a_.grad_x != nullptr) {
       rows_ = arena.take<scalar_t>(p_.S * p_.H);
     }
@@ -84,7 +86,7 @@ class Backward {
       x_ = Operands<Gemm>(arena, depth_ / kGroup, groups * kGroup * kGroup, kGroup);
     }
     slots_ = groups * kGroup;
-    grad_weights_ = arena.take<acc_t>(panels_ * slots_);
+    grad_weights_ = arena.take<acc_t>(rounds_ * slots_);
     grad_biases_ = arena.take<acc_t>(chunks * hidden);
   }
 
@@ -98,7 +100,10 @@ class Backward {
           const int64_t count = std::min(kGroup, chunk.slots - g * kGroup), group = chunk.group + g;
           const int32_t* token = p_.token + chunk.first + g * kGroup;
           gather_rows(rows, p_.H, a_.grad_y, p_.H, token, count);
-          pack_a<Gemm>(grad_y_[group], rows, p_.H, count, p_.H, kGroup, depth_);
+          for (int64_t c = 0; c < depth_; c += kStep) {
+            pack_a<Gemm>(grad_y_[group].from(c * kGroup), rows + c, p_.H, count, std::min(kStep, p_.H - c),
+                         kGroup, std::min(kStep, depth_ - c));
+          }
           if (a_.grad_down != nullptr) {
             pack_a_transposed<Gemm>(grad_y_t_[0].from(group * kGroup), rows, p_.H, count, p_.H, kGroup,
                                     depth_);
@@ -106,8 +111,8 @@ class Backward {
           if (a_.grad_gate_up != nullptr) {
             gather_rows(rows, p_.H, p_.x, p_.H, token, count);
             for (int64_t c = 0; c < depth_; c += kGroup) {
-              pack_rows<Gemm>(x_[c / kGroup].from(group * kGroup * kGroup), rows + c, p_.H, count, p_.H - c,
-                              kGroup, kGroup);
+              pack_rows<Gemm>(x_[c / kGroup].from(group * kGroup * kGroup), kGroup, 0, rows + c, p_.H, count,
+                              p_.H - c, kGroup, kGroup);
             }
           }
         }
@@ -116,58 +121,57 @@ class Backward {
   }
 
   void grad_hidden(const Batch& batch) const {
-    for_panels<Scratch>(
-        batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
-        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
-          [[maybe_unused]] const typename Gemm::Session session;
-          const Chunk& chunk = batch.chunks[i];
-          const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
-          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-            const int64_t c = (first + panel) * kPanel;
-            pack_rows<Gemm>(scratch, weights + k * p_.I + c, p_.I, p_.H - k, p_.I - c, depth, kPanel);
-            return scratch;
-          };
-          multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
-                                             grad_y_[chunk.group], grad_y_.size, operand);
-          for (int64_t panel = 0; panel < count; ++panel) {
-            const int64_t c = (first + panel) * kPanel;
-            for (int64_t g = 0; g < chunk.groups(); ++g) {
-              with_activation(p_.activation, [&](auto activation) {
-                for (int64_t row = 0; row < kGroup; row += 2) {
-                  differentiate<activation.value>(x.sum(panel, g) + row * kPanel, chunk, g * kGroup + row, c);
-                }
-              });
-              if (a_.grad_gate_up != nullptr) {
-                transpose_tiles(chunk.group + g, c);
-              }
-            }
-            if (a_.grad_up_bias != nullptr) {
-              sum_tiles(grad_biases_ + i * halves_ * width_, chunk, c);
-            }
-          }
-        });
+    for_panels<Scratch>(batch.chunks.size(), panels_, kPanel * kChunk * p_.H,
+                        [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
+                          [[maybe_unused]] const typename Gemm::Session session;
+                          const Chunk& chunk = batch.chunks[i];
+                          const scalar_t* weights = at(p_.down, chunk.expert * p_.H * p_.I);
+                          const auto pack = [&](const Operand<op_t>& to, int64_t k, int64_t depth) {
+                            const int64_t c = first * kPanel;
+                            pack_rows<Gemm>(to, kPanel, kPanel * kStep, weights + k * p_.I + c, p_.I,
+                                            p_.H - k, p_.I - c, depth, count * kPanel);
+                          };
+                          multiply_streamed_b<Gemm>(x, count, chunk.groups(), round_up(p_.H, Gemm::kDepth),
+                                                    grad_y_[chunk.group], grad_y_.size, pack);
+                          with_activation(p_.activation, [&](auto activation) {
+                            for (int64_t slot = 0; slot < chunk.groups() * kGroup; slot += 2) {
+                              differentiate<activation.value>(x, chunk, slot, first, count);
+                            }
+                          });
+                          for (int64_t c = first * kPanel; c < (first + count) * kPanel; c += kPanel) {
+                            if (a_.grad_gate_up != nullptr) {
+                              transpose_tiles(chunk, c);
+                            }
+                            if (a_.grad_up_bias != nullptr) {
+                              sum_tiles(grad_biases_ + i * halves_ * width_, chunk, c);
+                            }
+                          }
+                        });
   }
 
-  // From the products of two slots with dY to the gradients of 64 channels of their pre-activations, to the
-  // activations times the slots' weights, and to the share that the channels have in the weights' gradients.
+  // From the products of two slots with dY to the gradients of their pre-activations, to the activations
+  // times the slots' weights, and to the share that these panels have in the weights' gradients.
   template <Activation activation>
-  void differentiate(const acc_t* products, const Chunk& chunk, int64_t slot, int64_t c) const {
+  void differentiate(const Scratch& x, const Chunk& chunk, int64_t slot, int64_t first, int64_t count) const {
     constexpr int64_t size = V::size();
     const int64_t row = chunk.group * kGroup + slot;
-    for (int64_t c0 = 0; c0 < kPanel; c0 += 2 * size) {
+    V sums[2] = {V(acc_t(0)), V(acc_t(0))};
+    for (int64_t c = 0; c < count * kPanel; c += 2 * size) {
+      const int64_t channel = first * kPanel + c;
+      const acc_t* products = x.sum(c / kPanel, slot / kGroup) + slot % kGroup * kPanel + c % kPanel;
       V act[2][2];
       for (int64_t j = 0; j < 2; ++j) {
         const bool there = slot + j < chunk.slots;
         const V by(there ? static_cast<const acc_t*>(p_.weight)[chunk.first + slot + j] : acc_t(0));
-        const scalar_t* hidden = at(a_.hidden, (chunk.first + (there ? slot + j : 0)) * p_.U + c + c0);
-        const int64_t channels = there ? p_.I - c - c0 : 0;
-        V gate[2], up[2], grad_gate[2], grad_up[2], sum(acc_t(0));
+        const scalar_t* hidden = at(a_.hidden, (chunk.first + (there ? slot + j : 0)) * p_.U + channel);
+        const int64_t channels = there ? p_.I - channel : 0;
+        V gate[2], up[2], grad_gate[2], grad_up[2];
         load_columns<Gemm>(hidden, channels, gate[0], gate[1]);
         if (p_.gated) {
           load_columns<Gemm>(hidden + p_.I, channels, up[0], up[1]);
         }
         for (int64_t v = 0; v < 2; ++v) {
-          const V product = V::loadu(products + j * kPanel + c0 + v * size), grad = product * by;
+          const V product = V::loadu(products + j * kPanel + v * size), grad = product * by;
           V slope;
           act[j][v] = activate<activation, kPrecision>(gate[v], &slope);
           if (p_.gated) {
@@ -176,40 +180,49 @@ class Backward {
             act[j][v] = act[j][v] * up[v];
           }
           grad_gate[v] = grad * slope;
-          sum = at::vec::fmadd(product, act[j][v], sum);
+          sums[j] = at::vec::fmadd(product, act[j][v], sums[j]);
           act[j][v] = act[j][v] * by;
         }
-        const Operand<op_t> grads = grad_hidden_[(row + j) / kGroup];
-        store_gradient(grads, (row + j) % kGroup, c + c0, grad_gate);
+        store_gradient(row + j, channel, grad_gate);
         if (p_.gated) {
-          store_gradient(grads, (row + j) % kGroup, width_ + c + c0, grad_up);
+          store_gradient(row + j, width_ + channel, grad_up);
         }
-        acc_t& share = grad_weights_[c / kPanel * slots_ + row + j];
-        const acc_t of_channels = at::vec::vec_reduce_all<acc_t>([](V a, V b) { return a + b; }, sum);
-        share = c0 == 0 ? of_channels : share + of_channels;
       }
       for (int64_t v = 0; v < 2 && a_.grad_down != nullptr; ++v) {
-        const int64_t lane = c0 + v * size;
-        store_b_pair<Gemm>(act_[(c + lane) / kGroup], row, lane % kGroup, act[0][v], act[1][v]);
+        const int64_t lane = channel + v * size;
+        store_b_pair<Gemm>(act_[lane / kGroup], row, lane % kGroup, act[0][v], act[1][v]);
       }
     }
-  }
-
-  static void store_gradient(const Operand<op_t>& to, int64_t row, int64_t column, const V (&x)[2]) {
-    if constexpr (kSplitColumns<scalar_t, Gemm>) {
-      store_pair(to.data + row * to.ld + column, x[0], x[1]);
-    } else {
-      store_a_row<Gemm>(to, row, column, x[0], x[1]);
+    for (int64_t j = 0; j < 2; ++j) {
+      grad_weights_[first / kPanelsAtOnce * slots_ + row + j] =
+          at::vec::vec_reduce_all<acc_t>([](V a, V b) { return a + b; }, sums[j]);
     }
   }
 
-  void transpose_tiles(int64_t group, int64_t c) const {
+  // Where grad_hidden_ has a slot of the batch from a column on.
+  Operand<op_t> gradient(int64_t slot, int64_t column) const {
+    return grad_hidden_[slot / kGroup].from(column / kStep * kStep * kGroup + slot % kGroup * kStep +
+                                            column % kStep);
+  }
+
+  void store_gradient(int64_t slot, int64_t column, const V (&x)[2]) const {
+    if constexpr (kSplitColumns<scalar_t, Gemm>) {
+      store_pair(gradient(slot, column).data, x[0], x[1]);
+    } else {
+      store_a_row<Gemm>(gradient(slot, column), 0, 0, x[0], x[1]);
+    }
+  }
+
+  void transpose_tiles(const Chunk& chunk, int64_t c) const {
     for (int64_t half = 0; half < halves_; ++half) {
       const int64_t column = half * width_ + c;
-      const Operand<op_t> from = grad_hidden_[group].from(column),
-                          to = grad_hidden_t_[column].from(group * kGroup);
-      for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
-        transpose(to.data + plane * to.plane, to.ld, from.data + plane * from.plane, from.ld, kGroup, kPanel);
+      for (int64_t slot = chunk.group * kGroup; slot < (chunk.group + chunk.groups()) * kGroup;
+           slot += kGroup) {
+        const Operand<op_t> from = gradient(slot, column), to = grad_hidden_t_[column].from(slot);
+        for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
+          transpose(to.data + plane * to.plane, to.ld, from.data + plane * from.plane, from.ld, kGroup,
+                    kPanel);
+        }
       }
     }
   }
@@ -220,9 +233,9 @@ class Backward {
       acc_t* to = sums + half * width_ + c;
       std::fill(to, to + kPanel, acc_t(0));
       for (int64_t row = 0; row < chunk.slots; ++row) {
-        const Operand<op_t> from = grad_hidden_[chunk.group + row / kGroup].from(half * width_ + c);
+        const Operand<op_t> from = gradient(chunk.group * kGroup + row, half * width_ + c);
         for (int64_t plane = 0; plane < Gemm::kPlanes; ++plane) {
-          const op_t* grads = from.data + plane * from.plane + row % kGroup * from.ld;
+          const op_t* grads = from.data + plane * from.plane;
           for (int64_t lane = 0; lane < kPanel; ++lane) {
             to[lane] += static_cast<acc_t>(grads[lane]);
           }
@@ -235,8 +248,8 @@ class Backward {
     for (const Chunk& chunk : batch.chunks) {
       for (int64_t s = 0; s < chunk.slots; ++s) {
         acc_t sum(0);
-        for (int64_t panel = 0; panel < panels_; ++panel) {
-          sum += grad_weights_[panel * slots_ + chunk.group * kGroup + s];
+        for (int64_t round = 0; round < rounds_; ++round) {
+          sum += grad_weights_[round * slots_ + chunk.group * kGroup + s];
         }
         const scalar_t* grad = at(a_.grad_y, p_.token[chunk.first + s] * p_.H);
         for (int64_t h = 0; h < p_.H && p_.down_bias != nullptr; ++h) {
@@ -255,21 +268,18 @@ class Backward {
           [[maybe_unused]] const typename Gemm::Session session;
           const Chunk& chunk = batch.chunks[i];
           const scalar_t* weights = at(p_.gate_up, chunk.expert * p_.U * p_.H);
-          const auto operand = [&](const Operand<op_t>& scratch, int64_t panel, int64_t k, int64_t depth) {
-            const int64_t c = (first + panel) * kPanel;
-            Operand<op_t> to = scratch;
-            for (int64_t end = k + depth, next; k < end;
-                 k = next) {  // gate rows and up rows are padded apart
-              const int64_t half = k / width_, row = k - half * width_;
+          const auto pack = [&](Operand<op_t> to, int64_t k, int64_t depth) {
+            const int64_t c = first * kPanel;
+            for (int64_t end = k + depth, next; k < end; k = next) {  // gate and up rows are padded apart
+              const int64_t half = k / width_, row = k % width_;
               next = std::min(end, (half + 1) * width_);
-              pack_rows<Gemm>(to, weights + (half * p_.I + row) * p_.H + c, p_.H, p_.I - row, p_.H - c,
-                              next - k, kPanel);
+              pack_rows<Gemm>(to, kPanel, kPanel * kStep, weights + (half * p_.I + row) * p_.H + c, p_.H,
+                              p_.I - row, p_.H - c, next - k, count * kPanel);
               to = to.from((next - k) * kPanel);
             }
-            return scratch;
           };
-          multiply_panels<Gemm, Streamed::b>(x, count, chunk.groups(), K, grad_hidden_[chunk.group],
-                                             grad_hidden_.size, operand);
+          multiply_streamed_b<Gemm>(x, count, chunk.groups(), K, grad_hidden_[chunk.group], grad_hidden_.size,
+                                    pack);
           for (int64_t panel = 0; panel < count; ++panel) {
             const int64_t c = (first + panel) * kPanel;
             for (int64_t s = 0; s < chunk.slots; ++s) {
@@ -308,8 +318,8 @@ class Backward {
           const auto operand = [&](const Operand<op_t>&, int64_t panel, int64_t k, int64_t) {
             return left[(first + panel) * kPanel].from(group * kGroup + k);
           };
-          multiply_panels<Gemm, Streamed::a>(
-              x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup), right.size, operand);
+          multiply_streamed_a<Gemm>(x, count, groups, K, right[column / kGroup].from(group * kGroup * kGroup),
+                                    right.size, operand);
           for (int64_t panel = 0; panel < count; ++panel) {
             const int64_t half = (first + panel) * kPanel / padded_rows,
                           row = (first + panel) * kPanel % padded_rows;
@@ -359,13 +369,13 @@ class Backward {
 
   const ExpertBackward& a_;
   const ExpertProblem& p_;
-  int64_t halves_, depth_, width_, panels_, slots_ = 0;
-  Operands<Gemm> grad_y_;         // [32 slots, depth], A operands
+  int64_t halves_, depth_, width_, panels_, rounds_, slots_ = 0;
+  Operands<Gemm> grad_y_;         // [32 slots, depth] in pieces of kStep columns, A operands
   Operands<Gemm> grad_y_t_;       // [depth, slots of the batch], an A operand
   Operands<Gemm> x_, act_;        // of 32 channels, [slots of the batch, 32], B operands; act times weight
-  Operands<Gemm> grad_hidden_;    // [32 slots, halves * width], A operands
+  Operands<Gemm> grad_hidden_;    // [32 slots, halves * width], the same
   Operands<Gemm> grad_hidden_t_;  // [halves * width, slots of the batch], an A operand
-  acc_t* grad_weights_;           // [panels, slots of the batch]: each panel's share
+  acc_t* grad_weights_;           // [rounds, slots of the batch]: the share of a few panels
   acc_t* grad_biases_;            // [chunks, halves, width]: each chunk's share
   scalar_t* rows_;                // [S, H]: each slot's gradient of x
 };

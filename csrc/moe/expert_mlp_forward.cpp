@@ -16,7 +16,7 @@ class Forward {
         width_(round_up(p_.I, kPanel)) {}
 
   void run() {
-    const std::vector<Batch> batches = make_batches(p_);
+    const std::vector<Batch> batches = make_batches(p_, (depth_ + width_) * Blocking<Gemm>::kBytes);
     int64_t groups = 0;
     for (const Batch& batch : batches) {
       groups = std::max(groups, batch.groups);
@@ -81,8 +81,7 @@ class Forward {
             const int64_t c = (first + panel) / halves_ * kPanel, row = panel % halves_ * p_.I + c;
             return panel_of_rows<Gemm>(scratch, weights + row * p_.H + k, p_.H, p_.I - c, p_.H - k, depth);
           };
-          multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size,
-                                             operand);
+          multiply_streamed_a<Gemm>(x, count, chunk.groups(), depth_, x_[chunk.group], x_.size, operand);
           for (int64_t panel = 0; panel < count; panel += halves_) {
             for (int64_t g = 0; g < chunk.groups(); ++g) {
               acc_t* tiles[] = {x.sum(panel, g), p_.gated ? x.sum(panel + 1, g) : nullptr};
@@ -133,8 +132,7 @@ class Forward {
             const int64_t row = (first + panel) * kPanel;
             return panel_of_rows<Gemm>(scratch, weights + row * p_.I + k, p_.I, p_.H - row, p_.I - k, depth);
           };
-          multiply_panels<Gemm, Streamed::a>(x, count, chunk.groups(), K, act_[chunk.group], act_.size,
-                                             operand);
+          multiply_streamed_a<Gemm>(x, count, chunk.groups(), K, act_[chunk.group], act_.size, operand);
           for (int64_t g = 0; g < chunk.groups(); ++g) {
             const int64_t slot = chunk.first + g * kGroup, slots = std::min(kGroup, chunk.slots - g * kGroup);
             const acc_t* weight = static_cast<const acc_t*>(p_.weight) + slot;
