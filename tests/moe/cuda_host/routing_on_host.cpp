@@ -1,0 +1,93 @@
+// The CUDA routers of csrc/moe/routing_cuda.cuh, emulated on host memory, for ctypes. Each function returns
+// null, or what went wrong.
+#include "emulated_cuda.h"
+// after what it needs of CUDA
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <string>
+
+#include "moe/routing_cuda.cuh"
+
+namespace pyvlm::routing {
+alignas(16) unsigned char dynamic_memory[228 * 1024];
+}
+
+namespace {
+
+using namespace pyvlm::routing;
+
+const char* emulate(int dtype, bool reversed, const auto& run) {
+  static std::string problem;
+  emulated::reversed = reversed;
+  try {
+    switch (dtype) {
+      case 0:
+        run(float{}, float{});
+        break;
+      case 1:
+        run(double{}, double{});
+        break;
+      case 2:
+        run(torch::headeronly::BFloat16{}, float{});
+        break;
+      default:
+        run(torch::headeronly::Half{}, float{});
+    }
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
+  return nullptr;
+}
+
+struct Arrays {
+  int* token;
+  void* weight;
+  int *expert_offsets, *token_offsets, *slot;
+  int* bits;
+  void* prob;
+
+  template <typename Prob>
+  Lists<Prob> lists() const {
+    return {token, static_cast<Prob*>(weight), expert_offsets, token_offsets, slot};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t bits_size(int tokens, int experts) { return BitMatrix::ints(tokens, experts); }
+
+const char* expert_choice_on_host(int dtype, bool reversed, const void* logits, int tokens, int experts,
+                                  const int64_t* capacity, const int64_t* offsets, int groups, int slots,
+                                  const Arrays* out) {
+  return emulate(dtype, reversed, [&]<typename Logit, typename Prob>(Logit, Prob) {
+    const Groups of_tokens{capacity, offsets, groups, tokens, slots / experts};
+    expert_choice(emulated::Launch{dynamic_memory}, static_cast<const Logit*>(logits), tokens, experts,
+                  of_tokens, slots, BitMatrix(out->bits, tokens, experts), static_cast<Prob*>(out->prob),
+                  out->lists<Prob>());
+  });
+}
+
+const char* token_choice_on_host(int dtype, bool reversed, const void* logits, const void* bias, int tokens,
+                                 int experts, int top_k, bool normalize, void* sums, const Arrays* out) {
+  return emulate(dtype, reversed, [&]<typename Logit, typename Prob>(Logit, Prob) {
+    token_choice(emulated::Launch{dynamic_memory}, static_cast<const Logit*>(logits),
+                 static_cast<const Prob*>(bias), tokens, experts, top_k, normalize,
+                 BitMatrix(out->bits, tokens, experts), static_cast<Prob*>(out->prob),
+                 static_cast<Prob*>(sums), out->lists<Prob>());
+  });
+}
+
+const char* routing_backward_on_host(int dtype, bool reversed, const void* grad, const void* logits,
+                                     const int* token, const void* weight, const int* expert_offsets,
+                                     int tokens, int experts, bool normalize, void* grad_logits) {
+  return emulate(dtype, reversed, [&]<typename Logit, typename Prob>(Logit, Prob) {
+    routing_backward(emulated::Launch{dynamic_memory}, static_cast<const Prob*>(grad),
+                     static_cast<const Logit*>(logits), token, static_cast<const Prob*>(weight),
+                     expert_offsets, tokens, experts, normalize, static_cast<Logit*>(grad_logits));
+  });
+}
+}
