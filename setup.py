@@ -1,4 +1,5 @@
-"""Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C`, by a generated ninja file."""
+"""Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C` and, where torch is a CUDA build and
+nvcc is found, its .cu files into `pyvlm._C_cuda`, by a generated ninja file."""
 
 import platform
 import re
@@ -12,7 +13,7 @@ import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -29,7 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def objects() -> list[tuple[str, str, str]]:
-    """(source, object, flags) of every object, from csrc/sources.txt."""
+    """(source, object, flags) of every object of `_C`, from csrc/sources.txt."""
     rows = []
     for line in (CSRC / "sources.txt").read_text().splitlines():
         source, *kind = line.split("#")[0].split() or [""]
@@ -44,8 +45,26 @@ def objects() -> list[tuple[str, str, str]]:
     return sorted(rows, key=lambda row: rank.get(row[1].split(".")[-2], 0))
 
 
+def cuda_objects() -> list[tuple[str, str]]:
+    """(source, object) of every object of `_C_cuda`, from csrc/sources.txt."""
+    sources = [line.split("#")[0].strip() for line in (CSRC / "sources.txt").read_text().splitlines()]
+    return [(source, f"{source}.o") for source in sources if source.endswith(".cu")]
+
+
+def why_no_cuda() -> str | None:
+    """Why `_C_cuda` cannot be built here, or None where it can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return "there is no nvcc" if CUDA_HOME is None else None
+
+
 class NinjaBuildExt(build_ext):
     """setuptools' build_ext recompiles everything on any change and has one set of flags for all sources."""
+
+    def run(self) -> None:
+        if (reason := why_no_cuda()) is not None:
+            print(f"pyvlm._C_cuda is not built: {reason}")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         build = (ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}").resolve()
@@ -81,12 +100,41 @@ class NinjaBuildExt(build_ext):
         for source, obj, extra in rows:
             rules += [f"build {obj}: compile {CSRC.resolve() / source}", f"  extra = {extra}"]
         rules += [f"build _C.so: link {' '.join(obj for _, obj, _ in rows)}", ""]
+        if why_no_cuda() is None:
+            rules += self.cuda_rules(includes, libraries)
+        library = f"{ext.name.split('.')[-1]}.so"
         (build / "build.ninja").write_text("\n".join(rules))
-        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(build)], check=True)
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(build), library], check=True)
         # In place and into a wheel: what was linked once is copied, not linked anew.
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(build / "_C.so", target)
+        shutil.copy2(build / library, target)
+
+    def cuda_rules(self, includes: list[str], libraries: Path) -> list[str]:
+        # The stable ABI of torch 2.11, which later versions keep. -arch=all-major: machine code for every
+        # generation that this nvcc knows, and PTX for later ones.
+        flags = [
+            "-std=c++20 -O3 -arch=all-major --threads 0",
+            "-Xcompiler -fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000",
+            f"-I{CSRC.resolve()}",
+            *(f"-isystem {path}" for path in includes),
+        ]
+        rows = cuda_objects()
+        return [
+            f"nvcc = {Path(CUDA_HOME) / 'bin' / 'nvcc'}",
+            f"nvccflags = {' '.join(flags)}",
+            "rule nvcc",
+            "  command = $nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule nvlink",
+            f"  command = $nvcc -shared $in -L{libraries} -ltorch_cpu -ltorch_cuda -ltorch -o $out",
+            "  description = link $out",
+            *(f"build {obj}: nvcc {CSRC.resolve() / source}" for source, obj in rows),
+            f"build _C_cuda.so: nvlink {' '.join(obj for _, obj in rows)}",
+            "",
+        ]
 
 
 setup(
@@ -100,6 +148,9 @@ setup(
     ],
     package_dir={"pyvlm": "pyvlm", "pyvlm.triton_kernels": "triton_kernels"},
     package_data={"pyvlm": ["py.typed"], "pyvlm.recipes": ["*.yaml"], "pyvlm.training": ["templates/*"]},
-    ext_modules=[Extension("pyvlm._C", sources=[])],
+    ext_modules=[
+        Extension(name, sources=[])
+        for name in ("pyvlm._C", *(["pyvlm._C_cuda"] if why_no_cuda() is None else []))
+    ],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -16,8 +16,9 @@ def build_info() -> dict[str, Any]:
     """Versions, instruction sets, and for every op and backend "available" or the reason why it is not.
 
     Returns:
-        Plain data: "versions" (None where a package is not installed), "cpu", "cuda", "native" (how the
-        extension was compiled, or why it could not be loaded), and "backends", by op and device.
+        Plain data: "versions" (None where a package is not installed), "cpu", "cuda", "native" and
+        "native_cuda" (how the extension was compiled, or why it could not be loaded), and "backends", by op
+        and device.
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     return {
@@ -29,6 +30,11 @@ def build_info() -> dict[str, Any]:
         },
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": _native.C.build_facts() if _native.C is not None else {"error": _native.load_error},
+        "native_cuda": (
+            {"cuda_runtime": _native.C_cuda.CUDART_VERSION}
+            if _native.C_cuda is not None
+            else {"error": _native.cuda_load_error}
+        ),
         "backends": {
             op: {
                 device.type: {
