@@ -16,6 +16,7 @@ TESTS = {
     "attention": ("tests/attention/test_span_attention.py", "native or random_spans"),
     "routing": ("tests/moe/test_moe_routing.py", "native"),
     "routing of many tokens": ("tests/moe/test_moe_routing_native.py", "many or equal"),
+    "experts": ("tests/moe/test_expert_mlp_native.py", "sizes or kinds or depth"),
 }
 
 CHILD = """

@@ -13,7 +13,6 @@ ranges a query (1 or 2), S streams (softmaxes: R where separate, else 1).
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import INTERPRETED as INTERPRETED
 from pyvlm.triton_kernels.common import tanh
 
 LN2 = tl.constexpr(0.6931471805599453)

@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 #include "attention/span_attention.h"
-#include "moe/routing.h"
 #include "moe/expert_mlp.h"
+#include "moe/routing.h"
 
 TORCH_LIBRARY(pyvlm, m) {
   m.def(
@@ -19,8 +19,8 @@ TORCH_LIBRARY(pyvlm, m) {
       "Tensor out, Tensor stream_out, Tensor lse) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
       "grad_sinks)");
   m.def(
-      "expert_choice(Tensor logits, Tensor capacity, Tensor group_offsets) -> (Tensor weight, Tensor token, "
-      "Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+      "expert_choice(Tensor logits, Tensor? capacity, Tensor? group_offsets, SymInt? slots=None) -> (Tensor "
+      "weight, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
   m.def(
       "token_choice(Tensor logits, int top_k, int? capacity, bool normalize, str drop, Tensor? bias) -> "
       "(Tensor weight, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");

@@ -22,7 +22,8 @@ class Backward {
         rounds_((panels_ + kPanelsAtOnce - 1) / kPanelsAtOnce) {}
 
   void run() {
-    const std::vector<Batch> batches = make_batches(p_, (3 * depth_ + (1 + 2 * halves_) * width_) * Blocking<Gemm>::kBytes);
+    const std::vector<Batch> batches =
+        make_batches(p_, (3 * depth_ + (1 + 2 * halves_) * width_) * Blocking<Gemm>::kBytes);
     int64_t groups = 0, chunks = 0;
     for (const Batch& batch : batches) {
       groups = std::max(groups, batch.groups);

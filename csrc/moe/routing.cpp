@@ -105,9 +105,19 @@ void normalize_weights(const RoutingTensors& routing, double eps) {
 
 }  // namespace
 
-RoutingTensors expert_choice_cpu(const at::Tensor& logits, const at::Tensor& capacity,
-                                 const at::Tensor& group_offsets) {
+RoutingTensors expert_choice_cpu(const at::Tensor& logits, const std::optional<at::Tensor>& given_capacity,
+                                 const std::optional<at::Tensor>& given_offsets,
+                                 std::optional<int64_t> slots_in_all) {
   const Held held = hold(logits);
+  TORCH_CHECK(given_capacity.has_value() == given_offsets.has_value() &&
+                  (given_capacity.has_value() || slots_in_all.has_value()),
+              "expert_choice: expected capacity and group_offsets, or slots where all tokens are one group");
+  const auto ints = logits.options().dtype(at::kLong);
+  const int64_t of_one_group = std::max<int64_t>(slots_in_all.value_or(0) / held.experts, 1);
+  const at::Tensor capacity =
+      given_capacity.has_value() ? *given_capacity : at::full({1}, of_one_group, ints);
+  const at::Tensor group_offsets =
+      given_offsets.has_value() ? *given_offsets : at::arange(2, ints) * held.tokens;
   const int64_t groups = capacity.numel();
   TORCH_CHECK(capacity.dim() == 1 && group_offsets.sizes() == at::IntArrayRef({groups + 1}) &&
                   at::isIntegralType(capacity.scalar_type(), false) &&

@@ -19,8 +19,10 @@ namespace pyvlm {
 // differentiable comes first, without which torch's opcheck fails.
 using RoutingTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-RoutingTensors expert_choice_cpu(const at::Tensor& logits, const at::Tensor& capacity,
-                                 const at::Tensor& group_offsets);
+// Where all tokens are one group, `slots` alone tells how many each expert takes.
+RoutingTensors expert_choice_cpu(const at::Tensor& logits, const std::optional<at::Tensor>& given_capacity,
+                                 const std::optional<at::Tensor>& given_offsets,
+                                 std::optional<int64_t> slots_in_all);
 RoutingTensors token_choice_cpu(const at::Tensor& logits, int64_t top_k, std::optional<int64_t> capacity,
                                 bool normalize, std::string_view drop, const std::optional<at::Tensor>& bias);
 RoutingTensors threshold_choice_cpu(const at::Tensor& logits, const at::Tensor& thresholds);

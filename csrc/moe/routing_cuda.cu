@@ -118,7 +118,7 @@ struct Memory {
             pointer<int>(token_offsets), pointer<int>(slot)};
   }
   routing::BitMatrix bit_matrix() const { return {pointer<int>(bits), tokens, experts}; }
-  StableRouting tensors() const { return {token, weight, expert_offsets, token_offsets, slot}; }
+  StableRouting tensors() const { return {weight, token, expert_offsets, token_offsets, slot}; }
 };
 
 }  // namespace

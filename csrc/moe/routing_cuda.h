@@ -12,7 +12,7 @@
 namespace pyvlm {
 
 using StableTensor = torch::stable::Tensor;
-// token [S], weight [S], expert_offsets [E + 1], token_offsets [T + 1], slot [S].
+// weight [S], token [S], expert_offsets [E + 1], token_offsets [T + 1], slot [S], as the schemas have them.
 using StableRouting = std::tuple<StableTensor, StableTensor, StableTensor, StableTensor, StableTensor>;
 
 // Nothing here waits for the device, so the caller says how many slots the groups give: E times the sum of

@@ -12,11 +12,12 @@ BACKENDS = ("auto", "reference", "native", "triton")
 # op -> backend -> device types it runs on. "reference" is plain PyTorch and runs everywhere.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "span_attention": {"native": ("cpu",), "triton": ("cuda",)},
-    "expert_choice": {"native": ("cpu",)},
-    "token_choice": {"native": ("cpu",)},
+    "expert_choice": {"native": ("cpu", "cuda")},
+    "token_choice": {"native": ("cpu", "cuda")},
+    "token_choice with a capacity": {"native": ("cpu",)},
     "threshold_choice": {"native": ("cpu",)},
     "merge_routings": {"native": ("cpu",)},
-    "expert_mlp": {"native": ("cpu",)},
+    "expert_mlp": {"native": ("cpu",), "triton": ("cuda",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
@@ -42,6 +43,8 @@ def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
         return f"the {backend} implementation of {op} runs on {' and '.join(devices)} tensors only"
     if _native.load_error is not None:  # it declares the op, whatever implements it
         return f"the native extension could not be loaded ({_native.load_error})"
+    if backend == "native" and device.type == "cuda" and _native.cuda_load_error is not None:
+        return f"the CUDA extension could not be loaded ({_native.cuda_load_error})"
     return None
 
 
@@ -49,7 +52,7 @@ def interprets_triton() -> bool:
     """Whether the Triton kernels run in Triton's interpreter, which was settled at their first import."""
     if not _TRITON_IS_INSTALLED or os.environ.get("TRITON_INTERPRET", "0") == "0":
         return False
-    from pyvlm.triton_kernels.attention_tiles import INTERPRETED
+    from pyvlm.triton_kernels.common import INTERPRETED
 
     return bool(INTERPRETED.value)
 

@@ -132,7 +132,8 @@ def expert_choice(
             own.
         group_offsets: integer [G + 1], rising from 0 to T: group g is the rows from its g-th entry up to the
             next one. None: all tokens are one group.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference" or "native". On a GPU the native one waits for the device where there
+            are groups, whose slots it has to count; with an int and one group it does not.
 
     Raises:
         TypeError: a wrong dtype.
@@ -140,7 +141,12 @@ def expert_choice(
             row of the logits, or nothing but -inf.
     """
     check_kind_of_logits(logits)
-    num_tokens = logits.shape[0]
+    num_tokens, num_experts = logits.shape
+    native = resolve("expert_choice", backend, logits.device) == "native"
+    if native and group_offsets is None and not isinstance(capacity, Tensor):
+        check_positive_int("capacity", capacity)
+        slots = num_experts * min(capacity, num_tokens)
+        return _native_routing(torch.ops.pyvlm.expert_choice(logits, None, None, slots), num_tokens)
     if group_offsets is None:
         group_offsets = torch.tensor([0, num_tokens], device=logits.device)
     else:
@@ -151,8 +157,13 @@ def expert_choice(
     else:
         check_positive_int("capacity", capacity)
         capacity = group_offsets.new_full((groups,), capacity)
-    if resolve("expert_choice", backend, logits.device) == "native":
-        return _native_routing(torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets), num_tokens)
+    if native:
+        counted = None
+        if logits.device.type == "cuda":  # whose kernels leave it to the host how much memory they need
+            capacity, group_offsets = capacity.long().contiguous(), group_offsets.long().contiguous()
+            counted = num_experts * int(capacity.minimum(group_offsets.diff()).sum())
+        tensors = torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets, counted)
+        return _native_routing(tensors, num_tokens)
     check_values_of_logits(logits)
     check_values_of_groups(capacity, group_offsets, logits)
     return Routing(*reference.expert_choice(logits, capacity, group_offsets), num_tokens)
@@ -202,7 +213,8 @@ def token_choice(
     if bias is not None:
         check_expert_vector("bias", bias, logits)
     arguments = (logits, top_k, capacity, normalize, drop, bias)
-    if resolve("token_choice", backend, logits.device) == "native":
+    op = "token_choice" if capacity is None else "token_choice with a capacity"
+    if resolve(op, backend, logits.device) == "native":
         return _native_routing(torch.ops.pyvlm.token_choice(*arguments), logits.shape[0])
     check_values_of_logits(logits)
     if bias is not None:
@@ -286,8 +298,12 @@ def _slots(logits: Tensor, slots: Any, num_tokens: Any) -> tuple[Tensor, ...]:
     return weight, ints(slots), ints(logits.shape[1] + 1), ints(num_tokens + 1), ints(slots)
 
 
-def _fake_expert_choice(logits: Tensor, capacity: Tensor, group_offsets: Tensor) -> tuple[Tensor, ...]:
-    return _slots(logits, torch.library.get_ctx().new_dynamic_size(), logits.shape[0])
+def _fake_expert_choice(
+    logits: Tensor, capacity: Tensor | None, group_offsets: Tensor | None, slots: Any = None
+) -> tuple[Tensor, ...]:
+    if slots is None:
+        slots = torch.library.get_ctx().new_dynamic_size()
+    return _slots(logits, slots, logits.shape[0])
 
 
 def _fake_token_choice(

@@ -5,10 +5,12 @@ Shape legend
     G groups of consecutive tokens · N tokens in a group · P slots an expert (soft MoE)
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.ops import _backends
@@ -44,7 +46,7 @@ def expert_mlp(
         activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (its square).
         gate_up_bias: [E, 2I] or [E, I].
         down_bias: [E, H].
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         [T, H] in the dtype of x (of autocast, where that is on); zero where a token has no expert.
@@ -68,14 +70,15 @@ def expert_mlp(
             f"the routing is on {routing.token.device} and x on {x.device}: move them to one device"
         )
     tensors = (routing.token, routing.weight, routing.expert_offsets, routing.token_offsets, routing.slot)
-    if _backends.resolve("expert_mlp", backend, x.device) == "reference":
+    implementation = _backends.resolve("expert_mlp", backend, x.device)
+    if implementation == "reference":
         check_routing_values(routing)
         return reference.expert_mlp(x, tensors, gate_up, down, activation, gated, gate_up_bias, down_bias)
     differentiable = (x, routing.weight, gate_up, down, gate_up_bias, down_bias)
     keep_hidden = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    y, _ = torch.ops.pyvlm.expert_mlp(
-        x, *tensors, gate_up, down, activation, gated, gate_up_bias, down_bias, keep_hidden
-    )
+    interpreted = implementation == "triton" and x.device.type == "cpu"
+    op = _InterpretedTriton.apply if interpreted else torch.ops.pyvlm.expert_mlp
+    y, _ = op(x, *tensors, gate_up, down, activation, gated, gate_up_bias, down_bias, keep_hidden)
     return y
 
 
@@ -161,25 +164,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    return _gradients(torch.ops.pyvlm.expert_mlp_backward, ctx, grad_y)
+
+
+def _gradients(
+    op: Callable[..., tuple[Tensor, ...]], ctx: Any, grad_y: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 13
     if grad_y is None:
-        return (None,) * 13
+        return tuple(grads)
     x, *routing, gate_up, down, gate_up_bias, down_bias, hidden = ctx.saved_tensors
     differentiable = (0, 2, 6, 7, 10, 11)  # x, weight, gate_up, down and the biases among the inputs
     needs = [ctx.needs_input_grad[i] for i in differentiable]
-    grads: list[Tensor | None] = [None] * 13
-    found = torch.ops.pyvlm.expert_mlp_backward(
-        grad_y,
-        x,
-        hidden,
-        *routing,
-        gate_up,
-        down,
-        ctx.activation,
-        ctx.gated,
-        gate_up_bias,
-        down_bias,
-        needs,
-    )
+    weights = (gate_up, down, ctx.activation, ctx.gated, gate_up_bias, down_bias)
+    found = op(grad_y, x, hidden, *routing, *weights, needs)
     for i, needed, grad in zip(differentiable, needs, found, strict=True):
         grads[i] = grad if needed else None
     return tuple(grads)
@@ -189,7 +187,33 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError('expert_mlp has no second derivative but in its reference: use backend="reference"')
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from pyvlm.triton_kernels import moe  # not before it is needed: Triton takes a second to import
+
+    return moe.expert_mlp(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    from pyvlm.triton_kernels import moe
+
+    return moe.expert_mlp_backward(*args)
+
+
+class _InterpretedTriton(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
+
+    forward = staticmethod(_triton)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return _gradients(_triton_backward, ctx, grad_y)
+
+
 if _native.C is not None:  # it defines the schemas
+    torch.library.impl("pyvlm::expert_mlp", "CUDA", _triton)
+    torch.library.impl("pyvlm::expert_mlp_backward", "CUDA", _triton_backward)
     torch.library.register_fake("pyvlm::expert_mlp", _fake)
     torch.library.register_fake("pyvlm::expert_mlp_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::expert_mlp", _backward, setup_context=_setup_context)

@@ -30,7 +30,7 @@ from attention.test_span_attention_invariants import LAYOUTS, assert_all_equal, 
 from conformance import Case
 from pyvlm.triton_kernels import attention as triton_attention
 from pyvlm.triton_kernels.attention import Config, Tiles
-from pyvlm.triton_kernels.attention_tiles import INTERPRETED
+from pyvlm.triton_kernels.common import INTERPRETED
 from tolerance import assert_close
 from torch import Tensor
 

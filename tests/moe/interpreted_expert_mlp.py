@@ -16,10 +16,10 @@ from moe_helpers import random_layer
 from pyvlm.triton_kernels import moe
 from pyvlm.triton_kernels.common import INTERPRETED
 from pyvlm.triton_kernels.moe import Config, Tiles
-from tolerance import assert_close
+from tolerance import assert_close, assert_conforms
 from torch import Tensor
 
-from pyvlm.ops import Routing, expert_choice, token_choice
+from pyvlm.ops import Routing, expert_choice, expert_mlp, token_choice
 from pyvlm.reference import moe as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,6 +121,22 @@ def routed(tokens: int, experts: int, top_k: int = 2, capacity: int | None = Non
 
 def test_the_kernels_are_interpreted() -> None:
     assert INTERPRETED.value
+
+
+def test_the_public_op_runs_them() -> None:
+    layer = {name: weight / 4 for name, weight in random_layer(3, 24, 16, biases=True).items()}
+    leaves = [torch.randn(21, 24), *(weight.float() for weight in layer.values())]
+    logits = torch.randn(21, 3)
+
+    def by(backend: str) -> list[Tensor]:
+        x, *weights = (leaf.detach().requires_grad_() for leaf in leaves)
+        scores = logits.clone().requires_grad_()
+        routing = token_choice(scores, 2)
+        y = expert_mlp(x, routing, **dict(zip(layer, weights, strict=True)), backend=backend)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, scores, *weights))]
+
+    for actual, expected in zip(by("triton"), by("reference"), strict=True):
+        assert_conforms(actual, expected, gradient=True)
 
 
 def kinds() -> list[Any]:

@@ -216,5 +216,5 @@ def test_hidden_states_that_do_not_match() -> None:
         layer(torch.zeros(1, 4, 8, dtype=torch.float64), layout_of(["tt000"]))
     with pytest.raises(ValueError, match=r"must be \[1, 5, 8\].* got \[1, 5, 9\]"):
         layer(torch.zeros(1, 5, 9, dtype=torch.float64), layout_of(["tt000"]))
-    with pytest.raises(RuntimeError, match="has no native implementation"):
-        layer_of(backend="native")(torch.zeros(1, 5, 8, dtype=torch.float64), layout_of(["tt000"]))
+    with pytest.raises(RuntimeError, match="has no triton implementation"):
+        layer_of(backend="triton")(torch.zeros(1, 5, 8, dtype=torch.float64), layout_of(["tt000"]))
