@@ -84,6 +84,6 @@ class Scratch {
 };
 
 using ThreadScratch = Scratch<8 << 20>;  // of one thread among those that work on a call
-using CallScratch = Scratch<128 << 20>;  // of the thread that calls, for all of them
+using CallScratch = Scratch<256 << 20>;  // of the thread that calls, for all of them
 
 }  // namespace pyvlm
