@@ -16,7 +16,9 @@
 namespace pyvlm::CPU_CAPABILITY {
 
 inline constexpr int64_t kGroup = 32, kPanel = 64;
-inline constexpr int64_t kChunk = 512;       // slots, or columns, that are resident at once
+// Slots, or columns, that are resident at once. With 256 the weights are packed twice as often: backwards of
+// MoE-LLaVA's layer took 5 % more time and of 64 small experts 10 % more, its forward 2 % less.
+inline constexpr int64_t kChunk = 512;
 inline constexpr int64_t kPanelsAtOnce = 4;  // whose sums wait in L2 while the depth is worked through
 
 // Operands of one size, one behind the other.
