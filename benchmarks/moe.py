@@ -41,8 +41,7 @@ def workload(case: ExpertCase, device: torch.device, dtype: torch.dtype) -> Work
     flops = 2 * 3 * slots * case.hidden * case.intermediate
     tokens_bytes, weights_bytes = x_TH.nbytes, (gate_up.nbytes + down.nbytes) * used // case.experts
     costs = {FORWARD: Cost(flops, 2 * tokens_bytes + weights_bytes)}
-    decode = case.name.startswith("decode")
-    if not decode:
+    if not case.decode:
         # Two products in the backward for one in the forward; it reads x, dy and the weights, writes dx and
         # all the weights' gradients.
         all_weights = gate_up.nbytes + down.nbytes
@@ -58,7 +57,7 @@ def workload(case: ExpertCase, device: torch.device, dtype: torch.dtype) -> Work
         costs=costs,
         terms=(0.0, 0.0, 0.0, 0.0),
         payload=Layer(case, logits_TE, routing),
-        cold=decode,
+        cold=case.decode,
     )
 
 

@@ -44,6 +44,14 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile has compiled nothing yet, and keeps nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def conformance_folder() -> Path:
     """The folder of stored outputs of the original authors' code; skips the test where it is missing."""

@@ -74,8 +74,7 @@ class Backward {
   using acc_t = typename Gemm::acc_t;
   using V = Vec<acc_t>;
   static constexpr int kVecs = kBlock / V::size();
-  static constexpr Precision kPrecision =
-      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+  static constexpr Precision kPrecision = kPrecisionOf<scalar_t>;
   using Power = Scores<acc_t, kPrecision>;
 
   struct Scratch {

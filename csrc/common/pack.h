@@ -118,16 +118,16 @@ void pack_a(const Operand<typename Gemm::op_t>& to, const scalar_t* from, int64_
         store_a_row<Gemm>(to, i, d, load_float(row, count - d), load_float(row + size, count - d - size));
       }
     }
-    return;
+  } else {
+    each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
+      op_t* dst = to.data + plane * to.plane;
+      for (int64_t i = 0; i < padded_rows; ++i) {
+        const int64_t count = i < rows ? cols : 0;
+        std::copy(src + i * ld, src + i * ld + count, dst + i * to.ld);
+        std::fill(dst + i * to.ld + count, dst + i * to.ld + padded_cols, op_t(0));
+      }
+    });
   }
-  each_plane<Gemm>(from, from_ld, rows, cols, [&](const op_t* src, int64_t ld, int64_t plane) {
-    op_t* dst = to.data + plane * to.plane;
-    for (int64_t i = 0; i < padded_rows; ++i) {
-      const int64_t count = i < rows ? cols : 0;
-      std::copy(src + i * ld, src + i * ld + count, dst + i * to.ld);
-      std::fill(dst + i * to.ld + count, dst + i * to.ld + padded_cols, op_t(0));
-    }
-  });
 }
 
 // A operand of [padded_cols, padded_rows]: the source transposed.

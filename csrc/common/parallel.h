@@ -40,4 +40,14 @@ void run_tasks(int64_t count, int64_t work, const Worker& worker) {
   });
 }
 
+// Calls function(task) for each of them.
+template <typename Function>
+void run_each(int64_t count, int64_t work, const Function& function) {
+  run_tasks(count, work, [&](TaskQueue& queue) {
+    for (int64_t task = queue.next(); task >= 0; task = queue.next()) {
+      function(task);
+    }
+  });
+}
+
 }  // namespace pyvlm

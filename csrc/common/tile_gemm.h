@@ -6,9 +6,6 @@
 //   C        row-major, in acc_t
 //   kDepth   K, and a tile's M and N, are padded with zeros to a multiple of this
 //   kPlanes  a number is the sum of this many of op_t, each in a matrix of its own, `plane` apart
-//   kBlocks  products come best as blocks of 32 x 32 of C, and each goes on while the vector code runs that
-//   lies
-//            between its begin() and end()
 #pragma once
 
 #include <ATen/native/CPUBlas.h>

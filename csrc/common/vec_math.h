@@ -17,6 +17,9 @@ using Vec = at::vec::Vectorized<T>;
 
 // Largest relative error allowed: of a result that is rounded to bf16, and of one that is kept.
 enum class Precision { bf16, full };
+template <typename scalar_t>
+inline constexpr Precision kPrecisionOf =
+    std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
 
 #if defined(CPU_CAPABILITY_AVX512)
 

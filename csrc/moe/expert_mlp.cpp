@@ -138,8 +138,6 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x, const at:
   for (int64_t e = 0; e < p.E; ++e) {
     most = std::max<int64_t>(most, p.expert_offsets[e + 1] - p.expert_offsets[e]);
   }
-  // Tokens of an expert up to which reading its weights takes longer than multiplying, row by row.
-  constexpr int64_t kMaxDecodeTokens = 8;
   if (most <= kMaxDecodeTokens) {
     PYVLM_DISPATCH_ISA(expert_mlp_decode, args);
   } else {

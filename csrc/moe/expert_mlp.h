@@ -34,6 +34,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool gated, const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
     std::array<bool, 6> needs);
 
+// Tokens of an expert up to which reading its weights takes longer than multiplying, row by row.
+inline constexpr int kMaxDecodeTokens = 8;
+
 enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
 
 // All tensors are contiguous. Sums, and what is marked so, are in acc_t: double for doubles, else float.

@@ -49,7 +49,9 @@ class Backward {
       if (a_.grad_gate_up != nullptr) {
         grad_gate_up(batch);
       }
-      grad_biases(batch);
+      if (a_.grad_up_bias != nullptr || a_.grad_down_bias != nullptr) {
+        grad_biases(batch);
+      }
     }
     if (a_.grad_x != nullptr) {
       sum_slots<acc_t>(p_, rows_, static_cast<scalar_t*>(a_.grad_x));
@@ -62,8 +64,7 @@ class Backward {
   using V = Vec<acc_t>;
   using Scratch = PanelScratch<Gemm>;
   static constexpr int64_t kStep = Blocking<Gemm>::kStep;
-  static constexpr Precision kPrecision =
-      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+  static constexpr Precision kPrecision = kPrecisionOf<scalar_t>;
 
   static const scalar_t* at(const void* tensor, int64_t offset) {
     return static_cast<const scalar_t*>(tensor) + offset;
@@ -246,7 +247,8 @@ class Backward {
   }
 
   void grad_weight(const Batch& batch) const {
-    for (const Chunk& chunk : batch.chunks) {
+    run_each(batch.chunks.size(), kChunk * (p_.down_bias != nullptr ? p_.H : rounds_), [&](int64_t i) {
+      const Chunk& chunk = batch.chunks[i];
       for (int64_t s = 0; s < chunk.slots; ++s) {
         acc_t sum(0);
         for (int64_t round = 0; round < rounds_; ++round) {
@@ -258,7 +260,7 @@ class Backward {
         }
         static_cast<acc_t*>(a_.grad_weight)[chunk.first + s] = sum;
       }
-    }
+    });
   }
 
   void grad_x(const Batch& batch) const {
@@ -343,11 +345,10 @@ class Backward {
   }
 
   void grad_biases(const Batch& batch) const {
-    std::vector<acc_t> sum(std::max(p_.U, p_.H));
-    for (int64_t i = 0; i < batch.experts; ++i) {
+    run_each(batch.experts, p_.S / p_.E * p_.H, [&](int64_t i) {
       const int64_t e = batch.first_expert + i;
+      std::vector<acc_t> sum(std::max(p_.U, p_.H));
       if (a_.grad_up_bias != nullptr) {
-        std::fill(sum.begin(), sum.end(), acc_t(0));
         for (size_t chunk = 0; chunk < batch.chunks.size(); ++chunk) {
           for (int64_t u = 0; u < p_.U && batch.chunks[chunk].expert == e; ++u) {
             sum[u] += grad_biases_[(chunk * halves_ + u / p_.I) * width_ + u % p_.I];
@@ -365,7 +366,7 @@ class Backward {
         }
         at::vec::convert(sum.data(), static_cast<scalar_t*>(a_.grad_down_bias) + e * p_.H, p_.H);
       }
-    }
+    });
   }
 
   const ExpertBackward& a_;

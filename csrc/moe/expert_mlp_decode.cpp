@@ -34,10 +34,8 @@ class Decode {
  private:
   using acc_t = typename std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
   using V = Vec<acc_t>;
-  static constexpr Precision kPrecision =
-      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+  static constexpr Precision kPrecision = kPrecisionOf<scalar_t>;
   static constexpr int64_t kRows = 32;  // rows of a task
-  static constexpr int kMaxTokens = 8;
 
   static const scalar_t* at(const void* tensor, int64_t offset) {
     return static_cast<const scalar_t*>(tensor) + offset;
@@ -56,7 +54,7 @@ class Decode {
 
   void up(int64_t e, int64_t first, int64_t count) const {
     const int64_t slot = p_.expert_offsets[e], tokens = p_.expert_offsets[e + 1] - slot;
-    acc_t z[2][kMaxTokens * kRows];  // [token, row], gate rows and up rows
+    acc_t z[2][kMaxDecodeTokens * kRows];  // [token, row], gate rows and up rows
     for (int half = 0; half < (p_.gated ? 2 : 1); ++half) {
       const int64_t row = e * p_.U + half * p_.I + first;
       multiply(at(p_.gate_up, row * p_.H), p_.H, count, x_ + slot * p_.H, tokens, z[half]);
@@ -85,7 +83,7 @@ class Decode {
 
   void down(int64_t e, int64_t first, int64_t count) const {
     const int64_t slot = p_.expert_offsets[e], tokens = p_.expert_offsets[e + 1] - slot;
-    acc_t out[kMaxTokens * kRows];
+    acc_t out[kMaxDecodeTokens * kRows];
     multiply(at(p_.down, (e * p_.H + first) * p_.I), p_.I, count, act_ + slot * p_.I, tokens, out);
     for (int64_t t = 0; t < tokens; ++t) {
       const acc_t weight = static_cast<const acc_t*>(p_.weight)[slot + t];
@@ -98,27 +96,16 @@ class Decode {
     }
   }
 
-  // out[t, j] = rows[j] · tokens[t], both K long.
+  // out[t, j] = rows[j] · tokens[t], both K long, for `number` tokens.
+  template <int N = 1>
   static void multiply(const scalar_t* rows, int64_t K, int64_t count, const acc_t* tokens, int64_t number,
                        acc_t* out) {
-    switch (number) {
-      case 1:
-        return multiply_by<1>(rows, K, count, tokens, out);
-      case 2:
-        return multiply_by<2>(rows, K, count, tokens, out);
-      case 3:
-        return multiply_by<3>(rows, K, count, tokens, out);
-      case 4:
-        return multiply_by<4>(rows, K, count, tokens, out);
-      case 5:
-        return multiply_by<5>(rows, K, count, tokens, out);
-      case 6:
-        return multiply_by<6>(rows, K, count, tokens, out);
-      case 7:
-        return multiply_by<7>(rows, K, count, tokens, out);
-      default:
-        return multiply_by<8>(rows, K, count, tokens, out);
+    if constexpr (N < kMaxDecodeTokens) {
+      if (number > N) {
+        return multiply<N + 1>(rows, K, count, tokens, number, out);
+      }
     }
+    multiply_by<N>(rows, K, count, tokens, out);
   }
 
   template <int N>

@@ -39,8 +39,7 @@ class Forward {
   using acc_t = typename Gemm::acc_t;
   using V = Vec<acc_t>;
   using Scratch = PanelScratch<Gemm>;
-  static constexpr Precision kPrecision =
-      std::is_same_v<scalar_t, at::BFloat16> ? Precision::bf16 : Precision::full;
+  static constexpr Precision kPrecision = kPrecisionOf<scalar_t>;
 
   static const scalar_t* at(const void* tensor, int64_t offset) {
     return static_cast<const scalar_t*>(tensor) + offset;

@@ -143,7 +143,7 @@ def _fake(
     down_bias: Tensor | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty((len(token), gate_up.shape[1]) if keep_hidden else 0)
+    hidden = x.new_empty((token.shape[0], gate_up.shape[1]) if keep_hidden else 0)
     return torch.empty_like(x, memory_format=torch.contiguous_format), hidden
 
 

@@ -1,6 +1,6 @@
 """The op as a citizen of torch: opcheck, compile, export, autocast, derivatives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,13 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pyvlm.layout import AttentionSpans, TokenLayout
 from pyvlm.ops.attention import span_attention
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,20 @@ class TestEndToEnd:
         assert "say nothing about speed" in printed
         assert printed.count("sdpa") == len(keys)
 
+    @pytest.mark.parametrize(
+        ("op", "cases", "passes"),
+        [("moe", ["moe-llava-expert-choice", "decode-t1"], 3), ("routing", ["one-group", "images"], 2)],
+    )
+    def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
+        path = tmp_path / "b.json"
+        arguments = ["--op", op, "--quick", "--dtype", "fp32", "--case", *cases]
+        assert main([*arguments, "--json", str(path), "--png", str(tmp_path / "b.png")]) == 0
+        records = json.loads(path.read_text())["records"]
+        assert len(records) == passes
+        for record in records:
+            assert all(outcome["status"] in (TIMED, UNAVAILABLE) for outcome in record["providers"].values())
+            assert record["providers"]["pyvlm"]["status"] == TIMED
+
     @pytest.mark.parametrize(("flag", "given"), [("--case", "no-such-case"), ("--against", "no-such-peer")])
     def test_unknown_name_is_told_with_the_known_ones(self, flag, given, capsys):
         with pytest.raises(SystemExit) as stop:

@@ -19,6 +19,7 @@ class ExpertCase:
     top_k: int  # experts a token; under expert choice on average
     router: str = "token_choice"
     large: bool = False
+    decode: bool = False  # weights come from memory, and nothing is trained
 
     def reduced(self) -> "ExpertCase":
         """The same kind of layer, small enough to run anywhere at once."""
@@ -71,8 +72,10 @@ LARGE_CASES = (
     ExpertCase("moe-llava", "MoE-LLaVA's layer", 2048, 2048, 5504, 4, 2, large=True),
     ExpertCase("moe-llava-expert-choice", "the same", 2048, 2048, 5504, 4, 2, "expert_choice", large=True),
     ExpertCase("fine-grained", "many small experts", 4096, 1024, 512, 64, 8, large=True),
-    ExpertCase("decode-t1", "one new token", 1, 2048, 5504, 4, 2, large=True),
-    ExpertCase("decode-t8", "eight sequences", 8, 2048, 5504, 4, 2, large=True),
-    ExpertCase("decode-fine-grained-t8", "most experts of many", 8, 1024, 512, 64, 8, large=True),
+    ExpertCase("decode-t1", "one new token", 1, 2048, 5504, 4, 2, large=True, decode=True),
+    ExpertCase("decode-t8", "eight sequences", 8, 2048, 5504, 4, 2, large=True, decode=True),
+    ExpertCase(
+        "decode-fine-grained-t8", "most experts of many", 8, 1024, 512, 64, 8, large=True, decode=True
+    ),
 )
 CASES = SMALL_CASES + LARGE_CASES

@@ -1,6 +1,5 @@
 """The native experts: sizes that cross their tiles, few tokens and many, bit by bit, and as torch ops."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -227,13 +226,6 @@ def test_opcheck(dtype: torch.dtype, biases: bool, tokens: int) -> None:
     torch.library.opcheck(torch.ops.pyvlm.expert_mlp.default, (x, *tensors_of(routing), *weights, True))
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph(compiler: str) -> None:
@@ -251,6 +243,20 @@ def test_compiles_in_one_graph(compiler: str) -> None:
     compiled = torch.compile(experts, fullgraph=True, backend=compiler)
     for actual, expected in zip(out_and_grads(compiled), out_and_grads(experts), strict=True):
         assert actual.equal(expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("capacity", [None, 9], ids=["", "slots that depend on the data"])
+def test_router_and_experts_compile_in_one_graph(capacity: int | None) -> None:
+    layer = make_layer(3, 16, 12, True, False, torch.float32)
+
+    def run(x: Tensor, logits: Tensor) -> Tensor:
+        return expert_mlp(x, token_choice(logits, 2, capacity, backend="native"), **layer, backend="native")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (20, 33):
+        x, logits = torch.randn(tokens, 16), torch.randn(tokens, 3)
+        assert compiled(x, logits).equal(run(x, logits))
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -1,6 +1,6 @@
 """The native routers as citizens of torch, at sizes where they work in chunks, and bit by bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -112,6 +112,7 @@ def test_gradients_of_merged_routings_go_to_their_parts() -> None:
 
 OPS = {
     "expert_choice": (torch.tensor([2, 3]), torch.tensor([0, 4, 9])),
+    "expert_choice of one group": (None, None, 12),
     "token_choice": (2, None, True, "position", None),
     "token_choice dropping": (2, 3, False, "priority", torch.randn(4)),
     "threshold_choice": (torch.full((4,), 0.25),),
@@ -136,13 +137,6 @@ def test_opcheck_of_merging() -> None:
     routing = token_choice(torch.randn(5, 4), 2)
     lists = [routing.token] * 2, [routing.expert_offsets] * 2, [torch.arange(5), torch.arange(5, 10)]
     torch.library.opcheck(torch.ops.pyvlm.merge_routings.default, (*lists, 11))
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
