@@ -1,4 +1,4 @@
-// The torch side of the CUDA extension: CUDA kernels for schemas that bindings/ops.cpp defines.
+// The torch side of the CUDA extension: CUDA kernels for schemas that the CPU extension defines.
 #include <Python.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>

@@ -4,7 +4,7 @@
 //
 //   G = dY·W2, dw = <G, act>, dH = the activation's slope times w·G, dX = dH·W1
 //   dW2 = (dY)ᵀ·(w·act), dW1 = dHᵀ·X
-#include "moe/expert_gemm.h"
+#include "moe/expert_slots.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 namespace {

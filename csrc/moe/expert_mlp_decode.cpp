@@ -1,6 +1,6 @@
 // The forward of experts for few tokens: reading the weights is what takes time, so each row of them is read
 // once, as it lies, and multiplied with the tokens of its expert while it is in registers.
-#include "moe/expert_gemm.h"
+#include "moe/expert_slots.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 namespace {

@@ -1,6 +1,6 @@
 // The forward of experts for many tokens: a row of products is an output channel, a column a token, so that
 // weights are taken as they lie and the first product's results are the second one's operand.
-#include "moe/expert_gemm.h"
+#include "moe/expert_slots.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 namespace {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyvlm.ops.fusion import local_cross_attention, resample, resize_positions, sincos_positions
+from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
 
 
 class Resampler(nn.Module):

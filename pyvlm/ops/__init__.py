@@ -1,15 +1,8 @@
 """The public ops: functions of tensors, with checks, gradients and an implementation a device behind each."""
 
 from pyvlm.ops.attention import span_attention
-from pyvlm.ops.fusion import (
-    fuse_grids,
-    local_cross_attention,
-    merge_levels,
-    patches_to_token,
-    resample,
-    resize_positions,
-    sincos_positions,
-)
+from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
+from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
 from pyvlm.ops.loss import linear_cross_entropy
 from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
 from pyvlm.ops.moe_experts import expert_mlp, soft_moe

@@ -1,5 +1,6 @@
 """Argument checks of the public functions: shapes by letters, one device, one floating dtype."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -93,3 +94,16 @@ class Shapes:
                 f"{self.op}: {name} is {tensor.dtype} but {self._first_float[0]} is "
                 f"{self._first_float[1].dtype}; convert them to one dtype or run under torch.autocast"
             )
+
+
+def as_list(op: str, name: str, tensors: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError(f"{op}: {name} is empty; give at least one map")
+    return tensors
+
+
+def as_grid(op: str, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
+        raise ValueError(f"{op}: {name} is {grid}, expected (rows, columns), both at least 1")
+    return (int(grid[0]), int(grid[1]))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.fusion import FeatureFusion
 from pyvlm.nn.partial_lora import PartialLoRALinear
-from pyvlm.ops.fusion import fuse_grids, resample, resize_positions, sincos_positions
+from pyvlm.ops.cross_attention import resample, resize_positions, sincos_positions
+from pyvlm.ops.fusion import fuse_grids
 from pyvlm.ops.placement import pack_image_tokens, place_image_tokens
 from pyvlm.ops.tiling import (
     anyres_grid,
@@ -20,7 +21,7 @@ from pyvlm.ops.tiling import (
     pixel_shuffle_index,
     pixel_unshuffle_index,
 )
-from pyvlm.reference.fusion import to_windows
+from pyvlm.reference.cross_attention import to_windows
 
 Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

@@ -18,7 +18,7 @@ from pyvlm.nn import (
     Resampler,
 )
 from pyvlm.ops.fusion import fuse_grids, merge_levels
-from pyvlm.reference.fusion import to_windows
+from pyvlm.reference.cross_attention import to_windows
 
 
 def randomize(module: nn.Module) -> nn.Module:
