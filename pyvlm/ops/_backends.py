@@ -57,8 +57,11 @@ def interprets_triton() -> bool:
     return bool(INTERPRETED.value)
 
 
-def resolve(op: str, backend: str, device: torch.device) -> str:
+def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend to run: the named one or an error that says why not; "auto" takes the first that is there.
+
+    For float64, where it is told, "auto" passes Triton by: it exists for checking gradients, and the Triton
+    kernels do not have it.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -71,7 +74,9 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
         return next(  # not the interpreter: it is there for tests
             name
             for name in ("native", "triton", "reference")
-            if device.type in devices.get(name, ()) and why_unavailable(op, name, device) is None
+            if not (name == "triton" and dtype == torch.float64)
+            and device.type in devices.get(name, ())
+            and why_unavailable(op, name, device) is None
         )
     reason = why_unavailable(op, backend, device)
     if reason is not None:

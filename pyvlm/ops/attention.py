@@ -91,7 +91,7 @@ def span_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    implementation = resolve("span_attention", backend, q.device)
+    implementation = resolve("span_attention", backend, q.device, q.dtype)
     if implementation == "reference":
         out, lse = reference.span_attention(q, k, v, spans, scale, softcap, sinks)
     else:

@@ -70,7 +70,7 @@ def expert_mlp(
             f"the routing is on {routing.token.device} and x on {x.device}: move them to one device"
         )
     tensors = (routing.token, routing.weight, routing.expert_offsets, routing.token_offsets, routing.slot)
-    implementation = _backends.resolve("expert_mlp", backend, x.device)
+    implementation = _backends.resolve("expert_mlp", backend, x.device, x.dtype)
     if implementation == "reference":
         check_routing_values(routing)
         return reference.expert_mlp(x, tensors, gate_up, down, activation, gated, gate_up_bias, down_bias)
