@@ -90,17 +90,7 @@ LARGE_CASES = (
     PlacementCase(
         "pack-tiles", "LLaVA-NeXT 7B, a base view and 4 tiles", "pack", 1, 0, 4096, 24, (480, 640), large=True
     ),
-    PlacementCase(
-        "merge-tiles",
-        "the same, packed on the way into the text",
-        "place",
-        1,
-        448,
-        4096,
-        24,
-        (480, 640),
-        large=True,
-    ),
+    PlacementCase("merge-tiles", "packed on the way", "place", 1, 448, 4096, 24, (480, 640), large=True),
     PlacementCase("deepstack", "visual features into a decoder layer", "add", 4, 448, 2048, 24, large=True),
 )
 CASES = SMALL_CASES + LARGE_CASES
