@@ -4,11 +4,14 @@ Shapes: B samples · L tokens · H features of a token · R image feature rows �
 S placeholders, counted row-major over [B, L].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from pyvlm import _native
 from pyvlm.ops._backends import resolve
 from pyvlm.ops._checks import Shapes
 from pyvlm.reference import placement as reference
@@ -39,8 +42,11 @@ def pack_image_tokens(
     shapes = Shapes(op).check("features", features, "RC").check("newline", newline, "C")
     shapes.check("index", index, "S", "SK", dtypes=_INDEX_DTYPES)
     _check_index(op, index, features.shape[0], newline)
-    resolve(op, backend, features.device)
-    return reference.pack_image_tokens(features, index, newline)
+    implementation = resolve(op, backend, features.device)
+    if implementation == "reference":
+        return reference.pack_image_tokens(features, index, newline)
+    newline = None if newline is None else newline.to(features.dtype)
+    return _run(op, implementation, features, index, newline)
 
 
 def place_image_tokens(
@@ -91,8 +97,13 @@ def place_image_tokens(
         raise ValueError(f"{op}: a newline was given without an index that says where it goes")
     num_rows = image_features.shape[0] if index is None else index.shape[0]
     _check_counts(op, image_mask, num_rows, features_per_sample)
-    resolve(op, backend, text_embeds.device)
-    return reference.place_image_tokens(text_embeds, image_features, image_mask, index, newline)
+    implementation = resolve(op, backend, text_embeds.device)
+    if implementation == "reference":
+        return reference.place_image_tokens(text_embeds, image_features, image_mask, index, newline)
+    if newline is not None:
+        newline = newline.to(image_features.dtype).to(text_embeds.dtype)
+    image_features = image_features.to(text_embeds.dtype)
+    return _run(op, implementation, text_embeds, image_features, image_mask, index, newline)
 
 
 def add_at_image_tokens(
@@ -123,8 +134,10 @@ def add_at_image_tokens(
     shapes = Shapes(op).check("hidden_states", hidden_states, "BLH").check("updates", updates, "SH")
     shapes.check("image_mask", image_mask, "BL", dtypes=(torch.bool,))
     _check_counts(op, image_mask, updates.shape[0], features_per_sample)
-    resolve(op, backend, hidden_states.device)
-    return reference.add_at_image_tokens(hidden_states, updates, image_mask)
+    implementation = resolve(op, backend, hidden_states.device)
+    if implementation == "reference":
+        return reference.add_at_image_tokens(hidden_states, updates, image_mask)
+    return _run(op, implementation, hidden_states, updates.to(hidden_states.dtype), image_mask)
 
 
 def _on_device_only(tensor: Tensor) -> bool:
@@ -134,14 +147,16 @@ def _on_device_only(tensor: Tensor) -> bool:
 def _check_index(op: str, index: Tensor, num_rows: int, newline: Tensor | None) -> None:
     if index.numel() == 0:
         return
-    lowest = 0 if newline is None else NEWLINE
+    least = 0 if newline is None else NEWLINE
     if _on_device_only(index):
         torch._assert_async(
-            ((index >= lowest) & (index < num_rows)).all(), f"{op}: index outside the feature rows"
+            ((index >= least) & (index < num_rows)).all(), f"{op}: index outside the feature rows"
         )
-    elif index.min() < lowest or index.max() >= num_rows:
+        return
+    lowest, highest = (int(bound) for bound in index.aminmax())
+    if lowest < least or highest >= num_rows:
         raise ValueError(
-            f"{op}: index runs from {index.min()} to {index.max()}; there are {num_rows} feature rows, and "
+            f"{op}: index runs from {lowest} to {highest}; there are {num_rows} feature rows, and "
             + ("no newline was given" if newline is None else f"only {NEWLINE} stands for the newline")
         )
 
@@ -177,3 +192,150 @@ def _deal_out(num_rows: int, placeholders: list[int]) -> list[int]:
         dealt.append(min(wanted, num_rows))
         num_rows -= dealt[-1]
     return [*dealt, num_rows] if placeholders else []
+
+
+# ---- torch ops
+
+
+def _fake_pack(features: Tensor, index: Tensor, newline: Tensor | None) -> Tensor:
+    parts = index.shape[1] if index.dim() == 2 else 1
+    return features.new_empty((index.shape[0], parts * features.shape[1]))
+
+
+def _fake_place(text: Tensor, *inputs: Tensor | None) -> Tensor:
+    return torch.empty_like(text, memory_format=torch.contiguous_format)
+
+
+def _fake_pack_backward(
+    grad: Tensor, index: Tensor, num_features: int, feature_width: int, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    shapes = ((num_features, feature_width), (feature_width,))
+    return tuple(
+        grad.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
+    )
+
+
+def _fake_place_backward(
+    grad: Tensor,
+    image_mask: Tensor,
+    index: Tensor | None,
+    num_features: int,
+    feature_width: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    shapes = (grad.shape, (num_features, feature_width), (feature_width,))
+    return tuple(
+        grad.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
+    )
+
+
+def _fake_add_backward(grad: Tensor, image_mask: Tensor, num_updates: int) -> Tensor:
+    return grad.new_empty((num_updates, grad.shape[2]))
+
+
+def _setup_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, index, _ = inputs
+    ctx.sizes = tuple(features.shape)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index)
+
+
+def _setup_place(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, features, image_mask, index, _ = inputs
+    ctx.sizes = tuple(features.shape)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image_mask, index)
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, updates, image_mask = inputs
+    ctx.sizes = tuple(updates.shape)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image_mask)
+
+
+Backward = Callable[..., Any]
+
+
+def _pack_gradients(op: Backward, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    (index,) = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+    features, newline = op(grad, index, *ctx.sizes, needs)
+    return features if needs[0] else None, None, newline if needs[1] else None
+
+
+def _place_gradients(op: Backward, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    found = op(grad, *ctx.saved_tensors, *ctx.sizes, needs)
+    text, features, newline = (g if needed else None for g, needed in zip(found, needs, strict=True))
+    return text, features, None, None, newline
+
+
+def _add_gradients(op: Backward, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None or not ctx.needs_input_grad[1]:
+        return grad, None, None
+    return grad, op(grad, *ctx.saved_tensors, ctx.sizes[0]), None
+
+
+# op -> its fake, its backward's fake, setup_context and gradients
+_OPS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "pack_image_tokens": (_fake_pack, _fake_pack_backward, _setup_pack, _pack_gradients),
+    "place_image_tokens": (_fake_place, _fake_place_backward, _setup_place, _place_gradients),
+    "add_at_image_tokens": (_fake_place, _fake_add_backward, _setup_add, _add_gradients),
+}
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from pyvlm.triton_kernels import placement  # not before it is needed: Triton takes a second to import
+
+        return getattr(placement, name)(*args)
+
+    return run
+
+
+def _interpreted(op: str) -> type[torch.autograd.Function]:
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
+    _, _, setup_context, gradients = _OPS[op]
+
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients(_triton(f"{op}_backward"), ctx, grad)
+
+    functions = {"forward": _triton(op), "setup_context": setup_context, "backward": backward}
+    return type(op, (torch.autograd.Function,), {name: staticmethod(f) for name, f in functions.items()})
+
+
+_INTERPRETED = {op: _interpreted(op) for op in _OPS}
+
+
+def _run(op: str, implementation: str, first: Tensor, *others: Tensor | None) -> Tensor:
+    interpreted = implementation == "triton" and first.device.type == "cpu"
+    run = _INTERPRETED[op].apply if interpreted else getattr(torch.ops.pyvlm, op)
+    return run(first, *others)
+
+
+def _register(op: str) -> None:
+    fake, fake_backward, setup_context, gradients = _OPS[op]
+
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients(getattr(torch.ops.pyvlm, f"{op}_backward"), ctx, grad)
+
+    def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(f'{op} has no second derivative but in its reference: use backend="reference"')
+
+    torch.library.impl(f"pyvlm::{op}", "CUDA", _triton(op))
+    torch.library.impl(f"pyvlm::{op}_backward", "CUDA", _triton(f"{op}_backward"))
+    torch.library.register_fake(f"pyvlm::{op}", fake)
+    torch.library.register_fake(f"pyvlm::{op}_backward", fake_backward)
+    torch.library.register_autograd(f"pyvlm::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"pyvlm::{op}_backward", refuse_second_derivative)
+
+
+if _native.C is not None:  # it defines the schemas
+    for _op in _OPS:
+        _register(_op)
