@@ -11,7 +11,7 @@ def build_fusion(config: VLMConfig) -> FeatureFusion:
     encoders = {
         tower.name: EncoderFeatures(
             channels=tower.channels_out,
-            grid=(tower.grid(config.image.size),) * 2,
+            grid=tower.grid(config.image.size),
             levels=len(tower.levels),
             merge=tower.merge,
             align_dim=tower.align_dim,

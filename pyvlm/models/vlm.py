@@ -15,6 +15,7 @@ from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
 from pyvlm.models.language import LanguageModel
+from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vision import ViTTower, build_tower
 from pyvlm.nn.attention import KeyValueCache
@@ -54,7 +55,7 @@ class VLM(nn.Module):
         super().__init__()
         if backend is not None:
             config = VLMConfig.model_validate(config.model_dump() | {"backend": backend})
-        self.config = config
+        self.config = config.without_sources()
         self.vision_towers = nn.ModuleDict(
             {tower.name: build_tower(tower, config.image, config.backend) for tower in config.vision_towers}
         )
@@ -199,8 +200,13 @@ class VLM(nn.Module):
         return [module for module in self.language.modules() if isinstance(module, MoE)]
 
     def _initialize(self) -> None:
-        """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own."""
+        """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own, and
+        so do encoders of transformers."""
+        encoders = [tower for tower in self.vision_towers.values() if isinstance(tower, TransformersTower)]
+        in_encoders = {id(module) for tower in encoders for module in tower.modules()}
         for module in self.modules():
+            if id(module) in in_encoders:
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
