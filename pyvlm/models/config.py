@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pyvlm.layout import RULES
+from pyvlm.models.encoders import Pair
+from pyvlm.models.positions import PositionScheme
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
 from pyvlm.nn.moe_options import (
     AuxLossForm,
@@ -143,6 +145,7 @@ class VLMConfig(Config):
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
     connector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    position_scheme: PositionScheme = "all"  # of images: see `pyvlm.models.positions`
     language: LanguageConfig
     image_token_id: Annotated[int, Field(ge=0)]
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
@@ -151,13 +154,20 @@ class VLMConfig(Config):
     @property
     def tokens_per_image(self) -> int:
         """Placeholders that each image takes in `input_ids`."""
+        return sum(math.prod(grid) for grid in self.token_grids)
+
+    @property
+    def token_grids(self) -> tuple[Pair, ...]:
+        """The grids, (rows, columns) each, whose tokens follow one another in an image."""
         grids = [tower.grid(self.image.size) for tower in self.vision_towers]
-        if self.fusion.method == "sequence":
-            return sum(
-                math.prod(grid) // tower.patches
-                for grid, tower in zip(grids, self.vision_towers, strict=True)
-            )
-        return math.prod(grids[0]) if self.fusion.grid is None else self.fusion.grid**2
+        if self.fusion.method == "channel_concat":
+            return (grids[0] if self.fusion.grid is None else (self.fusion.grid,) * 2,)
+        return tuple(
+            (rows, columns // tower.patches)
+            if columns % tower.patches == 0
+            else (rows * columns // tower.patches, 1)
+            for (rows, columns), tower in zip(grids, self.vision_towers, strict=True)
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> "VLMConfig":
@@ -165,9 +175,17 @@ class VLMConfig(Config):
         if len(set(names)) < len(names):
             raise ValueError(f"vision towers need names of their own, got {names}")
         for tower in self.vision_towers:
-            tokens = math.prod(tower.grid(self.image.size))
-            if tokens % tower.patches:
-                raise ValueError(f"tower {tower.name!r}: {tokens} patches do not group by {tower.patches}")
+            rows, columns = tower.grid(self.image.size)
+            if rows * columns % tower.patches:
+                raise ValueError(
+                    f"tower {tower.name!r}: {rows * columns} patches do not group by {tower.patches}"
+                )
+            crosses_rows = columns % tower.patches and tower.patches % columns
+            if self.position_scheme.startswith("share-by-row") and crosses_rows:
+                raise ValueError(
+                    f"tower {tower.name!r}: position_scheme {self.position_scheme!r} needs rows of whole "
+                    f"tokens, and {tower.patches} patches a token do not fit rows of {columns}"
+                )
             if isinstance(tower, TransformersConfig) and self.image.channels not in (
                 1,
                 channels := tower.source.config.num_channels,
