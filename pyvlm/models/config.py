@@ -18,6 +18,7 @@ from pyvlm.nn.moe_options import (
     RouterOptions,
     TextRouter,
 )
+from pyvlm.nn.projector import Projector
 from pyvlm.ops.moe_experts import Activation
 
 VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
@@ -27,17 +28,29 @@ class FusionConfig(Config):
     """How the levels of all towers become one sequence of tokens an image: see `pyvlm.nn.FeatureFusion`."""
 
     method: Literal["channel_concat", "sequence"] = "channel_concat"
-    hidden_size: Size
+    hidden_size: Size | None = None  # None: no projector; "sequence" needs one
     grid: Size | None = None  # side of the common grid of "channel_concat"; None: the first tower's
+    mode: Literal["bilinear", "nearest", "area"] = "bilinear"
+    align_corners: bool = False
+    norm: Literal["none", "layernorm"] = "none"
+    projector: Projector = "linear"
     merge_weights: Literal["softmax", "free", "fixed"] = "softmax"
     shared_projection: bool = True
 
     @model_validator(mode="after")
-    def _grid_is_used(self) -> "FusionConfig":
-        if self.method == "sequence" and self.grid is not None:
+    def _fits_the_method(self) -> "FusionConfig":
+        if self.method == "channel_concat":
+            if self.align_corners and self.mode != "bilinear":
+                raise ValueError(f'fusion.align_corners needs mode "bilinear", not {self.mode!r}')
+            return self
+        if self.hidden_size is None:
             raise ValueError(
-                'fusion.grid belongs to method "channel_concat"; "sequence" keeps the towers\' grids'
+                f"fusion.hidden_size is missing; method {self.method!r} needs the width of a token"
             )
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        of_concat = ("grid", "mode", "align_corners", "norm", "projector")
+        if given := [name for name in of_concat if getattr(self, name) != default[name]]:
+            raise ValueError(f'fusion.{given[0]} belongs to method "channel_concat", not {self.method!r}')
         return self
 
 
@@ -144,7 +157,7 @@ class VLMConfig(Config):
     image: ImageConfig
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
-    connector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    connector: Projector | Literal["none"] = "mlp2x_gelu"
     position_scheme: PositionScheme = "all"  # of images: see `pyvlm.models.positions`
     language: LanguageConfig
     image_token_id: Annotated[int, Field(ge=0)]
@@ -194,6 +207,11 @@ class VLMConfig(Config):
                     f"tower {tower.name!r} takes images of {channels} channels, and image.channels is "
                     f"{self.image.channels}"
                 )
+        if self.connector == "none" and self.fusion.hidden_size != self.language.hidden_size:
+            raise ValueError(
+                f'connector "none" needs fusion.hidden_size {self.fusion.hidden_size} to be that of the '
+                f"language model, {self.language.hidden_size}"
+            )
         if self.image_token_id >= self.language.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of "

@@ -3,6 +3,7 @@
 Shapes: N images, C channels, T = h·w tokens.
 """
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -59,13 +60,21 @@ class TransformersTower(nn.Module):
         for path in self.family.unused:
             parent, _, name = path.rpartition(".")
             setattr(self.encoder.get_submodule(parent), name, None)
-        self.last_norm = None
+        needed = set(self.encoder.state_dict())
+        self.last_norms: nn.ModuleList | None = None
         if self.family.last is not None:
-            if config.last_norm:
-                self.last_norm = self.encoder.get_submodule(self.family.last)
-                missing = {name.replace(f"{self.family.last}.", "last_norm.") for name in missing}
+            last_norm = self.encoder.get_submodule(self.family.last)
             self.encoder.set_submodule(self.family.last, nn.Identity())
-        if lost := sorted(missing & {name.removeprefix("encoder.") for name in self.state_dict()}):
+            if (
+                config.last_norm
+            ):  # one for all levels; of SAM's neck each level has its own, as in DeepSeek-VL
+                copies = len(self.levels) if self.family.form == "rows" else 1
+                self.last_norms = nn.ModuleList(
+                    [last_norm, *(deepcopy(last_norm) for _ in range(copies - 1))]
+                )
+            else:
+                needed = set(self.encoder.state_dict())
+        if lost := sorted(missing & needed):
             raise ValueError(
                 f"{config.pretrained} lacks {len(lost)} weights of its {source.config.model_type}: "
                 f"{', '.join(lost[:5])}"
@@ -89,7 +98,7 @@ class TransformersTower(nn.Module):
             kept = self._kept
         finally:
             self._kept = None
-        return [self._as_tokens(kept[level]) for level in self.levels]
+        return [self._as_tokens(kept[level], i) for i, level in enumerate(self.levels)]
 
     def _keep(self, level: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._kept is not None:  # None: a checkpointed layer that runs again, in the backward pass
@@ -124,18 +133,19 @@ class TransformersTower(nn.Module):
             arguments["spatial_shapes"] = torch.tensor([[rows, columns]]).expand(len(images_NCHW), 2)
         return arguments
 
-    def _as_tokens(self, level: Tensor) -> Tensor:
-        """A level [N, T, C], after `last_norm` where there is one."""
+    def _as_tokens(self, level: Tensor, number: int) -> Tensor:
+        """A level [N, T, C], after its last norm where there is one."""
+        norm = None if self.last_norms is None else self.last_norms[number % len(self.last_norms)]
         form = self.family.form
-        if form == "rows" and self.last_norm is not None:  # SAM's neck makes a map of it
-            return self.last_norm(level).flatten(2).transpose(1, 2)
+        if form == "rows" and norm is not None:  # SAM's neck makes a map of it
+            return norm(level).flatten(2).transpose(1, 2)
         if form == "rows":
             tokens_NTC = level.flatten(1, 2)
         elif form == "map":
             tokens_NTC = level.flatten(2).transpose(1, 2)
         else:
             tokens_NTC = level[:, self.leading :]
-        return tokens_NTC if self.last_norm is None else self.last_norm(tokens_NTC)
+        return tokens_NTC if norm is None else norm(tokens_NTC)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TransformersTower":
         """Moves and casts as ever, but buffers that are no weights (rotary frequencies, the normalisation)

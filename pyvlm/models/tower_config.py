@@ -14,6 +14,8 @@ from pyvlm.models.encoders import (
     read_encoder,
     read_folder,
 )
+from pyvlm.nn.fusion import Merge
+from pyvlm.nn.projector import Projector
 
 Size = Annotated[int, Field(gt=0)]
 Levels = Annotated[list[int], Field(min_length=1)]
@@ -55,13 +57,15 @@ class TowerConfig(Config):
 
     `levels` are the outputs to hand on, counted as in transformers' `hidden_states`: 0 is the embedding, i
     the output of block i, and negative numbers count from the end (−1 the last block, −2 LLaVA's choice).
-    `merge`, `align_dim` and `patches` are those of `pyvlm.nn.EncoderFeatures`.
+    `merge`, `downsample`, `align_dim`, `align` and `patches` are those of `pyvlm.nn.EncoderFeatures`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
     levels: Levels = [-1]
-    merge: Literal["layer_scale", "concat"] = "layer_scale"
+    merge: Merge = "layer_scale"
+    downsample: Annotated[int, Field(ge=0)] = 0
     align_dim: Size | None = None
+    align: Projector = "mlp2x_gelu"
     patches: Size = 1
 
     @property

@@ -61,7 +61,7 @@ class VLM(nn.Module):
             {tower.name: build_tower(tower, config.image, config.backend) for tower in config.vision_towers}
         )
         self.fusion = build_fusion(config)
-        self.connector = build_connector(config.connector, self.fusion.out_dim, config.language.hidden_size)
+        self.connector = build_connector(config, self.fusion.out_dim)
         self.language = LanguageModel(config.language, config.backend)
         self.column_embedding = None
         if config.position_scheme == "share-by-row-and-column":

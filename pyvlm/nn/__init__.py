@@ -8,6 +8,7 @@ from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.partial_lora import PartialLoRALinear
+from pyvlm.nn.projector import build_projector
 
 __all__ = [
     "EncoderFeatures",
@@ -24,5 +25,6 @@ __all__ = [
     "SoftMoE",
     "SpanAttention",
     "TokenGroups",
+    "build_projector",
     "rotary_tables",
 ]

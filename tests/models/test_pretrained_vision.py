@@ -184,7 +184,7 @@ def test_what_stands_behind_the_last_layer_on_demand(model_type: str) -> None:
     whole = whole_encoder(model_type)
     tower = TransformersTower(given, shared_pixels(given))
     last = whole.get_submodule(FAMILIES[model_type].last)
-    tower.last_norm.load_state_dict(last.state_dict())
+    tower.last_norms[0].load_state_dict(last.state_dict())
     same_weights(tower, whole)
     images = pictures(given.image_size)
     level = hidden_states(whole, model_type, images)[-1]
@@ -195,6 +195,19 @@ def test_what_stands_behind_the_last_layer_on_demand(model_type: str) -> None:
     assert_conforms(tower(images)[0], expected)
     assert tower(images)[0].shape[2] == given.channels_out
     assert tower(images)[0].shape[1] == given.grid(0)[0] * given.grid(0)[1]
+
+
+def test_each_level_of_sam_has_a_neck_of_its_own() -> None:
+    given = config("sam_vision_model", levels=[-1, 2], last_norm=True)
+    tower = TransformersTower(given, shared_pixels(given)).eval()
+    images = pictures(given.image_size)
+    first, second = tower(images)
+    assert first.shape == second.shape == (2, 36, 6)
+    with torch.no_grad():
+        tower.last_norms[1].layer_norm2.bias.add_(1)
+    changed = tower(images)
+    assert torch.equal(changed[0], first)
+    assert_conforms(changed[1], second + 1)
 
 
 def test_last_norm_of_an_earlier_stage_is_refused() -> None:
@@ -363,7 +376,7 @@ def test_a_tower_from_a_folder(clip_folder: Path) -> None:
     assert torch.equal(tower(images)[0], expected.hidden_states[-2][:, 1:])
 
     with_norm = TransformersTower(given.model_copy(update={"last_norm": True}), shared_pixels(given))
-    assert torch.equal(with_norm.last_norm.weight, whole.vision_model.post_layernorm.weight)
+    assert torch.equal(with_norm.last_norms[0].weight, whole.vision_model.post_layernorm.weight)
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
