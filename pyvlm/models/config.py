@@ -9,6 +9,7 @@ from pyvlm.layout import RULES
 from pyvlm.models.encoders import Pair
 from pyvlm.models.positions import PositionScheme
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
+from pyvlm.nn.fusion import Method
 from pyvlm.nn.moe_options import (
     AuxLossForm,
     Drop,
@@ -24,21 +25,40 @@ from pyvlm.ops.moe_experts import Activation
 VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
 
 
+class QFormerConfig(Config):
+    """See `pyvlm.nn.QFormerFusion`; the queries are each tower's."""
+
+    hidden_dim: Size = 768
+    num_layers: Size = 2
+    num_heads: Size = 12
+    intermediate_dim: Size | None = None
+    cross_attention_frequency: Size = 2
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "QFormerConfig":
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_dim {self.hidden_dim}")
+        return self
+
+
 class FusionConfig(Config):
     """How the levels of all towers become one sequence of tokens an image: see `pyvlm.nn.FeatureFusion`."""
 
-    method: Literal["channel_concat", "sequence"] = "channel_concat"
-    hidden_size: Size | None = None  # None: no projector; "sequence" needs one
+    method: Method = "channel_concat"
+    hidden_size: Size | None = None  # None: no projector, for "channel_concat" only
     grid: Size | None = None  # side of the common grid of "channel_concat"; None: the first tower's
     mode: Literal["bilinear", "nearest", "area"] = "bilinear"
     align_corners: bool = False
     norm: Literal["none", "layernorm"] = "none"
     projector: Projector = "linear"
+    qformer: QFormerConfig | None = None
     merge_weights: Literal["softmax", "free", "fixed"] = "softmax"
     shared_projection: bool = True
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> "FusionConfig":
+        if self.qformer is not None and self.method != "qformer":
+            raise ValueError(f'fusion.qformer belongs to method "qformer", not {self.method!r}')
         if self.method == "channel_concat":
             if self.align_corners and self.mode != "bilinear":
                 raise ValueError(f'fusion.align_corners needs mode "bilinear", not {self.mode!r}')
@@ -175,6 +195,8 @@ class VLMConfig(Config):
         grids = [tower.grid(self.image.size) for tower in self.vision_towers]
         if self.fusion.method == "channel_concat":
             return (grids[0] if self.fusion.grid is None else (self.fusion.grid,) * 2,)
+        if self.fusion.method == "qformer":
+            return tuple((1, tower.queries) for tower in self.vision_towers)
         return tuple(
             (rows, columns // tower.patches)
             if columns % tower.patches == 0
@@ -207,6 +229,10 @@ class VLMConfig(Config):
                     f"tower {tower.name!r} takes images of {channels} channels, and image.channels is "
                     f"{self.image.channels}"
                 )
+        if self.fusion.method == "qformer" and self.position_scheme.startswith("share-by-row"):
+            raise ValueError(
+                f"position_scheme {self.position_scheme!r} needs rows, and queries of a Q-Former have none"
+            )
         if self.connector == "none" and self.fusion.hidden_size != self.language.hidden_size:
             raise ValueError(
                 f'connector "none" needs fusion.hidden_size {self.fusion.hidden_size} to be that of the '

@@ -19,6 +19,7 @@ def build_fusion(config: VLMConfig) -> FeatureFusion:
             align_dim=tower.align_dim,
             align=tower.align,
             patches=tower.patches,
+            queries=tower.queries,
         )
         for tower in config.vision_towers
     }
@@ -34,6 +35,7 @@ def build_fusion(config: VLMConfig) -> FeatureFusion:
         projector=fusion.projector,
         merge_weights=fusion.merge_weights,
         shared_projection=fusion.shared_projection,
+        qformer=None if fusion.qformer is None else fusion.qformer.model_dump(),
         backend=config.backend,
     )
 

@@ -57,7 +57,7 @@ class TowerConfig(Config):
 
     `levels` are the outputs to hand on, counted as in transformers' `hidden_states`: 0 is the embedding, i
     the output of block i, and negative numbers count from the end (−1 the last block, −2 LLaVA's choice).
-    `merge`, `downsample`, `align_dim`, `align` and `patches` are those of `pyvlm.nn.EncoderFeatures`.
+    The rest, from `merge` on, is that of `pyvlm.nn.EncoderFeatures`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -67,6 +67,7 @@ class TowerConfig(Config):
     align_dim: Size | None = None
     align: Projector = "mlp2x_gelu"
     patches: Size = 1
+    queries: Size = 32
 
     @property
     def num_levels(self) -> int:

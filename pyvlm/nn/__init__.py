@@ -9,6 +9,7 @@ from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.partial_lora import PartialLoRALinear
 from pyvlm.nn.projector import build_projector
+from pyvlm.nn.qformer import QFormer, QFormerFusion
 
 __all__ = [
     "EncoderFeatures",
@@ -20,6 +21,8 @@ __all__ = [
     "MoEStats",
     "PartialLoRALinear",
     "PatchesToToken",
+    "QFormer",
+    "QFormerFusion",
     "Resampler",
     "RouterOptions",
     "SoftMoE",

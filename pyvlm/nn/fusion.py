@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvlm.nn.projector import Projector, build_projector
+from pyvlm.nn.qformer import QFormerFusion
 from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
 
 Merge = Literal["layer_scale", "concat", "gated"]
+Method = Literal["channel_concat", "sequence", "qformer"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class EncoderFeatures:
         align: the projector's kind, see `build_projector`: COMM aligns DINOv2 to CLIP by "mlp2x_gelu",
             DeepSeek-VL each encoder by "linear".
         patches: patches of this encoder that make one token; only for method "sequence".
+        queries: tokens that its map is read into; only for method "qformer".
     """
 
     channels: int
@@ -47,12 +50,13 @@ class EncoderFeatures:
     align_dim: int | None = None
     align: Projector = "mlp2x_gelu"
     patches: int = 1
+    queries: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _pair(self.grid))
         if self.merge not in get_args(Merge):
             raise ValueError(f"merge={self.merge!r} is unknown; expected one of {', '.join(get_args(Merge))}")
-        for name in ("channels", "levels", "patches"):
+        for name in ("channels", "levels", "patches", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.downsample < 0:
@@ -80,6 +84,7 @@ class FeatureFusion(nn.Module):
       DINOv2) and DeepSeek-VL (2403.05525; levels "gated", downsampled, aligned linearly, "gelu_linear").
     - "sequence" (MouSi, 2401.17221): each encoder's patches become tokens of `out_dim`, one encoder after
       another.
+    - "qformer" (MouSi): each encoder's map is read into `queries` tokens of `out_dim`, see `QFormerFusion`.
 
     The order of `encoders` is the order of channels, or of tokens.
 
@@ -87,7 +92,7 @@ class FeatureFusion(nn.Module):
         encoders: name -> `EncoderFeatures` or a mapping of its attributes, such as
             {"channels": 1024, "grid": (24, 24), "levels": 24}.
         out_dim: H. None (for "channel_concat" only) leaves the concatenation without a projector.
-        method: "channel_concat" or "sequence".
+        method: "channel_concat", "sequence" or "qformer".
         grid: the target grid of "channel_concat"; the first encoder's where None.
         mode, align_corners: how maps are resized, see `pyvlm.ops.fuse_grids`.
         norm: "layernorm" normalises the channels side by side (ViP-LLaVA), for "channel_concat" only.
@@ -95,6 +100,7 @@ class FeatureFusion(nn.Module):
         merge_weights, shared_projection: see `MergeLevels`.
         hidden_dim: for "sequence", width of the first of two layers, see `PatchesToToken`; one layer where
             None.
+        qformer: for "qformer", the options of `QFormerFusion`, such as {"hidden_dim": 768, "num_layers": 2}.
 
     Attributes:
         num_tokens: T of the output. out_dim: H of the output.
@@ -105,7 +111,7 @@ class FeatureFusion(nn.Module):
         encoders: Mapping[str, EncoderFeatures | Mapping[str, Any]],
         out_dim: int | None = None,
         *,
-        method: Literal["channel_concat", "sequence"] = "channel_concat",
+        method: Method = "channel_concat",
         grid: tuple[int, int] | None = None,
         mode: str = "bilinear",
         align_corners: bool = False,
@@ -114,14 +120,15 @@ class FeatureFusion(nn.Module):
         merge_weights: Literal["softmax", "free", "fixed"] = "softmax",
         shared_projection: bool = True,
         hidden_dim: int | None = None,
+        qformer: Mapping[str, int] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if not encoders:
             raise ValueError("FeatureFusion: encoders is empty; name at least one")
-        if method not in ("channel_concat", "sequence"):
+        if method not in get_args(Method):
             raise ValueError(
-                f'FeatureFusion: method={method!r} is unknown; expected "channel_concat" or "sequence"'
+                f"FeatureFusion: method={method!r} is unknown; expected one of {', '.join(get_args(Method))}"
             )
         self.encoders = {name: _encoder_features(name, entry) for name, entry in encoders.items()}
         self.method, self.mode, self.align_corners, self.backend = method, mode, align_corners, backend
@@ -144,18 +151,24 @@ class FeatureFusion(nn.Module):
                 merged = dataclasses.replace(encoder, align_dim=None).fused_channels
                 self.aligns[name] = build_projector(encoder.align, merged, encoder.align_dim)
         channels = [encoder.fused_channels for encoder in self.encoders.values()]
-        if method == "sequence":
+        if method != "channel_concat":
             if out_dim is None:
                 raise ValueError(
-                    'FeatureFusion: method "sequence" needs an out_dim; give the width of a token'
+                    f'FeatureFusion: method "{method}" needs an out_dim; give the width of a token'
                 )
             if norm != "none" or projector != "linear" or self.downsamples:
                 raise ValueError(
                     'FeatureFusion: norm, projector and downsample belong to method "channel_concat"'
                 )
-            self.num_tokens = sum(_tokens_in_sequence(name, e) for name, e in self.encoders.items())
-            patches = [encoder.patches for encoder in self.encoders.values()]
-            self.to_tokens = PatchesToToken(channels, out_dim, patches, hidden_dim, backend)
+            self.to_tokens: nn.Module
+            if method == "qformer":
+                queries = [encoder.queries for encoder in self.encoders.values()]
+                self.num_tokens = sum(queries)
+                self.to_tokens = QFormerFusion(channels, out_dim, queries, **(qformer or {}))
+            else:
+                self.num_tokens = sum(_tokens_in_sequence(name, e) for name, e in self.encoders.items())
+                patches = [encoder.patches for encoder in self.encoders.values()]
+                self.to_tokens = PatchesToToken(channels, out_dim, patches, hidden_dim, backend)
         else:
             self.grid = _pair(grid) if grid is not None else next(iter(self.encoders.values())).grid
             self.num_tokens = math.prod(self.grid)
@@ -178,7 +191,7 @@ class FeatureFusion(nn.Module):
                 f"FeatureFusion: features are of {sorted(features)}, expected {sorted(self.encoders)}"
             )
         maps = [self._encoder_map(name, features[name]) for name in self.encoders]
-        if self.method == "sequence":
+        if self.method != "channel_concat":
             return self.to_tokens(maps)
         grids = [self.grid if e.downsample else e.grid for e in self.encoders.values()]
         layers = [] if self.projection is None else list(_layers(self.projection))
