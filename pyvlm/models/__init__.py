@@ -6,6 +6,7 @@ from pyvlm.models.config import (
     ImageConfig,
     LanguageConfig,
     MoEConfig,
+    TransformersConfig,
     ViTConfig,
     VLMConfig,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "MoEConfig",
     "Processor",
     "ProcessorConfig",
+    "TransformersConfig",
     "VLMConfig",
     "VLMOutput",
     "ViTConfig",

@@ -1,10 +1,15 @@
 """The configuration of a VLM: everything that `config.json` holds, checked before anything is built."""
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pyvlm.layout import RULES
+from pyvlm.models.encoders import Pair
+from pyvlm.models.positions import PositionScheme
+from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
+from pyvlm.nn.fusion import Method
 from pyvlm.nn.moe_options import (
     AuxLossForm,
     Drop,
@@ -14,166 +19,58 @@ from pyvlm.nn.moe_options import (
     RouterOptions,
     TextRouter,
 )
+from pyvlm.nn.projector import Projector
 from pyvlm.ops.moe_experts import Activation
 
-Size = Annotated[int, Field(gt=0)]
-Levels = Annotated[list[int], Field(min_length=1)]
+VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
 
 
-class Config(BaseModel):
-    """Immutable; an unknown key is an error, so that a misspelt one is never ignored."""
+class QFormerConfig(Config):
+    """See `pyvlm.nn.QFormerFusion`; the queries are each tower's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImageConfig(Config):
-    """The pixels that every tower receives: [N, channels, size, size]."""
-
-    size: Size
-    channels: Literal[1, 3] = 3
-
-
-class TowerConfig(Config):
-    """What every vision tower has.
-
-    `levels` are the outputs to hand on, counted as in transformers' `hidden_states`: 0 is the embedding, i
-    the output of block i, and negative numbers count from the end (−1 the last block, −2 LLaVA's choice).
-    `merge`, `align_dim` and `patches` are those of `pyvlm.nn.EncoderFeatures`.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-    levels: Levels = [-1]
-    merge: Literal["layer_scale", "concat"] = "layer_scale"
-    align_dim: Size | None = None
-    patches: Size = 1
-
-    @property
-    def num_levels(self) -> int:
-        raise NotImplementedError
-
-    def grid(self, image_size: int) -> int:
-        """Side of the square map that this tower makes of an image."""
-        raise NotImplementedError
-
-    @property
-    def channels_out(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def level_indices(self) -> list[int]:
-        """`levels` with the negative ones resolved."""
-        return [level % self.num_levels for level in self.levels]
+    hidden_dim: Size = 768
+    num_layers: Size = 2
+    num_heads: Size = 12
+    intermediate_dim: Size | None = None
+    cross_attention_frequency: Size = 2
 
     @model_validator(mode="after")
-    def _levels_exist(self) -> "TowerConfig":
-        n = self.num_levels
-        if bad := [level for level in self.levels if not -n <= level < n]:
-            raise ValueError(f"tower {self.name!r}: levels {bad} do not exist; it has levels 0 to {n - 1}")
-        if len(set(self.level_indices)) < len(self.levels):
-            raise ValueError(f"tower {self.name!r}: levels {self.levels} name one level twice")
+    def _heads_divide(self) -> "QFormerConfig":
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_dim {self.hidden_dim}")
         return self
-
-
-class ViTConfig(TowerConfig):
-    """A plain pre-norm vision transformer with learned positions and no class token."""
-
-    type: Literal["vit"] = "vit"
-    patch_size: Size
-    hidden_size: Size
-    num_layers: Size
-    num_heads: Size
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    # Spread of the position embeddings at the start. Measured on digits: 0.02 stalls, 0.5 trains.
-    position_init_std: Annotated[float, Field(ge=0)] = 0.5
-
-    @property
-    def num_levels(self) -> int:
-        return self.num_layers + 1
-
-    def grid(self, image_size: int) -> int:
-        if image_size % self.patch_size:
-            raise ValueError(
-                f"tower {self.name!r}: image size {image_size} is no multiple of patch_size {self.patch_size}"
-            )
-        return image_size // self.patch_size
-
-    @property
-    def channels_out(self) -> int:
-        return self.hidden_size
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ViTConfig":
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"tower {self.name!r}: hidden_size {self.hidden_size} is no multiple of "
-                f"num_heads {self.num_heads}"
-            )
-        return self
-
-
-class ConvConfig(TowerConfig):
-    """A small residual convolutional tower: a 3×3 stem, then `blocks[s]` blocks of `channels[s]` at stage s.
-
-    Every stage after the first halves the map. The levels of a tower are merged, so all must be of one stage.
-    """
-
-    type: Literal["conv"] = "conv"
-    channels: Annotated[list[Size], Field(min_length=1)]
-    blocks: Annotated[list[Size], Field(min_length=1)]
-
-    @property
-    def num_levels(self) -> int:
-        return sum(self.blocks) + 1
-
-    def stage_of(self, level: int) -> int:
-        """The stage whose shape a level has; level 0, the stem, is of stage 0."""
-        return next(s for s in range(len(self.blocks)) if level <= sum(self.blocks[: s + 1]))
-
-    @property
-    def stage_out(self) -> int:
-        return self.stage_of(self.level_indices[0])
-
-    def grid(self, image_size: int) -> int:
-        if image_size % 2**self.stage_out:
-            raise ValueError(
-                f"tower {self.name!r}: image size {image_size} cannot be halved {self.stage_out} times"
-            )
-        return image_size // 2**self.stage_out
-
-    @property
-    def channels_out(self) -> int:
-        return self.channels[self.stage_out]
-
-    @model_validator(mode="after")
-    def _one_stage(self) -> "ConvConfig":
-        if len(self.channels) != len(self.blocks):
-            raise ValueError(
-                f"tower {self.name!r}: {len(self.channels)} channels for {len(self.blocks)} stages; "
-                "give channels and blocks one number a stage"
-            )
-        if len({self.stage_of(level) for level in self.level_indices}) > 1:
-            raise ValueError(f"tower {self.name!r}: levels {self.levels} lie in stages of different shapes")
-        return self
-
-
-VisionTowerConfig = Annotated[ViTConfig | ConvConfig, Field(discriminator="type")]
 
 
 class FusionConfig(Config):
     """How the levels of all towers become one sequence of tokens an image: see `pyvlm.nn.FeatureFusion`."""
 
-    method: Literal["channel_concat", "sequence"] = "channel_concat"
-    hidden_size: Size
+    method: Method = "channel_concat"
+    hidden_size: Size | None = None  # None: no projector, for "channel_concat" only
     grid: Size | None = None  # side of the common grid of "channel_concat"; None: the first tower's
+    mode: Literal["bilinear", "nearest", "area"] = "bilinear"
+    align_corners: bool = False
+    norm: Literal["none", "layernorm"] = "none"
+    projector: Projector = "linear"
+    qformer: QFormerConfig | None = None
     merge_weights: Literal["softmax", "free", "fixed"] = "softmax"
     shared_projection: bool = True
 
     @model_validator(mode="after")
-    def _grid_is_used(self) -> "FusionConfig":
-        if self.method == "sequence" and self.grid is not None:
+    def _fits_the_method(self) -> "FusionConfig":
+        if self.qformer is not None and self.method != "qformer":
+            raise ValueError(f'fusion.qformer belongs to method "qformer", not {self.method!r}')
+        if self.method == "channel_concat":
+            if self.align_corners and self.mode != "bilinear":
+                raise ValueError(f'fusion.align_corners needs mode "bilinear", not {self.mode!r}')
+            return self
+        if self.hidden_size is None:
             raise ValueError(
-                'fusion.grid belongs to method "channel_concat"; "sequence" keeps the towers\' grids'
+                f"fusion.hidden_size is missing; method {self.method!r} needs the width of a token"
             )
+        default = {name: field.default for name, field in type(self).model_fields.items()}
+        of_concat = ("grid", "mode", "align_corners", "norm", "projector")
+        if given := [name for name in of_concat if getattr(self, name) != default[name]]:
+            raise ValueError(f'fusion.{given[0]} belongs to method "channel_concat", not {self.method!r}')
         return self
 
 
@@ -280,7 +177,8 @@ class VLMConfig(Config):
     image: ImageConfig
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
-    connector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    connector: Projector | Literal["none"] = "mlp2x_gelu"
+    position_scheme: PositionScheme = "all"  # of images: see `pyvlm.models.positions`
     language: LanguageConfig
     image_token_id: Annotated[int, Field(ge=0)]
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
@@ -289,10 +187,22 @@ class VLMConfig(Config):
     @property
     def tokens_per_image(self) -> int:
         """Placeholders that each image takes in `input_ids`."""
+        return sum(math.prod(grid) for grid in self.token_grids)
+
+    @property
+    def token_grids(self) -> tuple[Pair, ...]:
+        """The grids, (rows, columns) each, whose tokens follow one another in an image."""
         grids = [tower.grid(self.image.size) for tower in self.vision_towers]
-        if self.fusion.method == "sequence":
-            return sum(g**2 // tower.patches for g, tower in zip(grids, self.vision_towers, strict=True))
-        return (self.fusion.grid or grids[0]) ** 2
+        if self.fusion.method == "channel_concat":
+            return (grids[0] if self.fusion.grid is None else (self.fusion.grid,) * 2,)
+        if self.fusion.method == "qformer":
+            return tuple((1, tower.queries) for tower in self.vision_towers)
+        return tuple(
+            (rows, columns // tower.patches)
+            if columns % tower.patches == 0
+            else (rows * columns // tower.patches, 1)
+            for (rows, columns), tower in zip(grids, self.vision_towers, strict=True)
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> "VLMConfig":
@@ -300,12 +210,45 @@ class VLMConfig(Config):
         if len(set(names)) < len(names):
             raise ValueError(f"vision towers need names of their own, got {names}")
         for tower in self.vision_towers:
-            tokens = tower.grid(self.image.size) ** 2
-            if tokens % tower.patches:
-                raise ValueError(f"tower {tower.name!r}: {tokens} patches do not group by {tower.patches}")
+            rows, columns = tower.grid(self.image.size)
+            if rows * columns % tower.patches:
+                raise ValueError(
+                    f"tower {tower.name!r}: {rows * columns} patches do not group by {tower.patches}"
+                )
+            crosses_rows = columns % tower.patches and tower.patches % columns
+            if self.position_scheme.startswith("share-by-row") and crosses_rows:
+                raise ValueError(
+                    f"tower {tower.name!r}: position_scheme {self.position_scheme!r} needs rows of whole "
+                    f"tokens, and {tower.patches} patches a token do not fit rows of {columns}"
+                )
+            if isinstance(tower, TransformersConfig) and self.image.channels not in (
+                1,
+                channels := tower.source.config.num_channels,
+            ):
+                raise ValueError(
+                    f"tower {tower.name!r} takes images of {channels} channels, and image.channels is "
+                    f"{self.image.channels}"
+                )
+        if self.fusion.method == "qformer" and self.position_scheme.startswith("share-by-row"):
+            raise ValueError(
+                f"position_scheme {self.position_scheme!r} needs rows, and queries of a Q-Former have none"
+            )
+        if self.connector == "none" and self.fusion.hidden_size != self.language.hidden_size:
+            raise ValueError(
+                f'connector "none" needs fusion.hidden_size {self.fusion.hidden_size} to be that of the '
+                f"language model, {self.language.hidden_size}"
+            )
         if self.image_token_id >= self.language.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of "
                 f"{self.language.vocab_size}"
             )
         return self
+
+    def without_sources(self) -> "VLMConfig":
+        """The same without the folders that towers start from: what to keep once their weights are there."""
+        towers = [
+            tower.model_copy(update={"pretrained": None}) if isinstance(tower, TransformersConfig) else tower
+            for tower in self.vision_towers
+        ]
+        return self.model_copy(update={"vision_towers": towers})

@@ -4,6 +4,7 @@ from torch import nn
 
 from pyvlm.models.config import VLMConfig
 from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion
+from pyvlm.nn.projector import build_projector
 
 
 def build_fusion(config: VLMConfig) -> FeatureFusion:
@@ -11,11 +12,14 @@ def build_fusion(config: VLMConfig) -> FeatureFusion:
     encoders = {
         tower.name: EncoderFeatures(
             channels=tower.channels_out,
-            grid=(tower.grid(config.image.size),) * 2,
+            grid=tower.grid(config.image.size),
             levels=len(tower.levels),
             merge=tower.merge,
+            downsample=tower.downsample,
             align_dim=tower.align_dim,
+            align=tower.align,
             patches=tower.patches,
+            queries=tower.queries,
         )
         for tower in config.vision_towers
     }
@@ -25,22 +29,19 @@ def build_fusion(config: VLMConfig) -> FeatureFusion:
         fusion.hidden_size,
         method=fusion.method,
         grid=None if fusion.grid is None else (fusion.grid, fusion.grid),
+        mode=fusion.mode,
+        align_corners=fusion.align_corners,
+        norm=fusion.norm,
+        projector=fusion.projector,
         merge_weights=fusion.merge_weights,
         shared_projection=fusion.shared_projection,
+        qformer=None if fusion.qformer is None else fusion.qformer.model_dump(),
         backend=config.backend,
     )
 
 
-def build_connector(kind: str, in_size: int, out_size: int) -> nn.Module:
-    """From [..., in_size] to [..., out_size].
-
-    "linear" is the connector of LLaVA (arXiv 2304.08485), "mlp2x_gelu" that of LLaVA 1.5 (arXiv 2310.03744).
-
-    Raises:
-        ValueError: an unknown kind.
-    """
-    if kind == "linear":
-        return nn.Linear(in_size, out_size)
-    if kind == "mlp2x_gelu":
-        return nn.Sequential(nn.Linear(in_size, out_size), nn.GELU(), nn.Linear(out_size, out_size))
-    raise ValueError(f'connector {kind!r} is unknown; expected "linear" or "mlp2x_gelu"')
+def build_connector(config: VLMConfig, in_size: int) -> nn.Module:
+    """From [..., in_size] to [..., hidden size of the language model]; see `pyvlm.nn.build_projector`."""
+    if config.connector == "none":
+        return nn.Identity()
+    return build_projector(config.connector, in_size, config.language.hidden_size)

@@ -1,14 +1,15 @@
 """The language model: a pre-norm decoder whose attention mask is a rule and whose MLPs may be experts.
 
-Shapes: B batch, L new tokens, C channels, V vocabulary.
+Shapes: B batch, L new tokens, K all tokens so far, C channels, V vocabulary.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvlm.layout import PADDING, AttentionSpans, TokenLayout
+from pyvlm.layout import AttentionSpans, TokenLayout
 from pyvlm.models.config import LanguageConfig
+from pyvlm.models.positions import position_ids
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_routing import TokenGroups
@@ -91,7 +92,11 @@ class LanguageModel(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
-        self, embeds_BLC: Tensor, layout: TokenLayout, cache: list[KeyValueCache] | None = None
+        self,
+        embeds_BLC: Tensor,
+        layout: TokenLayout,
+        cache: list[KeyValueCache] | None = None,
+        positions_BK: Tensor | None = None,
     ) -> tuple[Tensor, list[MoEStats]]:
         """Runs the L new tokens through all layers.
 
@@ -99,6 +104,7 @@ class LanguageModel(nn.Module):
             embeds_BLC: embeddings of the new tokens.
             layout: of all tokens so far, those in the cache and the new ones.
             cache: one a layer; extended by the new tokens.
+            positions_BK: of all tokens so far, int64; None: one position a token (`position_ids`).
 
         Returns:
             Normalised hidden states [B, L, C], and the statistics of each MoE layer; with a cache none.
@@ -108,7 +114,8 @@ class LanguageModel(nn.Module):
             window: layout.spans(config.attention_rule, window, query_start=start)
             for window in {config.window_of(i) for i in range(config.num_layers)}
         }
-        rotary = rotary_tables(positions(layout)[:, start:], config.head_size, config.rope_theta)
+        positions_BK = position_ids(layout) if positions_BK is None else positions_BK
+        rotary = rotary_tables(positions_BK[:, start:], config.head_size, config.rope_theta)
         new_tokens = layout if start == 0 else slice_layout(layout, start, layout.length)
         groups = None if config.moe is None else TokenGroups.of(new_tokens)
         x_BLC, all_stats = embeds_BLC, []
@@ -128,15 +135,6 @@ class LanguageModel(nn.Module):
             if stats is not None:
                 all_stats.append(stats)
         return self.norm(x_BLC), all_stats
-
-
-def positions(layout: TokenLayout) -> Tensor:
-    """Position of each token among the tokens of its document that are not padding, int64 [B, L]."""
-    real = layout.kind != PADDING
-    count = real.cumsum(1) - real.long()  # real tokens before this one, in its row
-    starts = torch.ones_like(real)
-    starts[:, 1:] = layout.document.diff(dim=1) != 0
-    return count - torch.where(starts, count, 0).cummax(1).values
 
 
 def slice_layout(layout: TokenLayout, start: int, stop: int) -> TokenLayout:

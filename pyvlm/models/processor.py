@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import model_validator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from pyvlm.models.checkpoint import find_folder, read_config, read_file, write_file
-from pyvlm.models.config import Config, ImageConfig, Size
 from pyvlm.models.images import to_pixels
+from pyvlm.models.tower_config import Config, ImageConfig, Size
 
 IGNORED = -100
 Message = Mapping[str, Any]
@@ -27,8 +26,6 @@ class ProcessorConfig(Config):
 
     image: ImageConfig
     tokens_per_image: Size
-    image_mean: tuple[float, ...] = (0.5,)
-    image_std: tuple[float, ...] = (0.5,)
     image_token: str = "<image>"
     user_token: str = "<user>"
     assistant_token: str = "<assistant>"
@@ -40,17 +37,6 @@ class ProcessorConfig(Config):
     def template_tokens(self) -> list[str]:
         """The tokens that only the template may write: text that holds one would break it."""
         return [self.image_token, self.user_token, self.assistant_token, self.end_token, self.pad_token]
-
-    @model_validator(mode="after")
-    def _one_a_channel(self) -> "ProcessorConfig":
-        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
-            if len(values) not in (1, self.image.channels):
-                raise ValueError(
-                    f"{name} {values}: give one number, or one for each of {self.image.channels} channels"
-                )
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std {self.image_std} must be positive")
-        return self
 
 
 def word_level_tokenizer(texts: Iterable[str], special_tokens: Sequence[str] | None = None) -> Tokenizer:
@@ -183,7 +169,7 @@ class Processor:
     def preprocess(self, image: Any) -> Tensor:
         """One image as the vision towers take it, float32 [C, H, W]; see `pyvlm.models.images.to_pixels`."""
         pixels_CHW = to_pixels(image, self.config.image.channels, self.config.image.size)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image_mean, self.config.image_std))
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image.mean, self.config.image.std))
         return (pixels_CHW - mean) / std
 
     def collate(self, samples: Sequence[Sample], padding_side: str = "right") -> dict[str, Tensor | None]:

@@ -3,11 +3,14 @@
 Shapes: N images, C channels, T = h·w tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from pyvlm.layout import TEXT, AttentionSpans, TokenLayout
-from pyvlm.models.config import ConvConfig, ImageConfig, ViTConfig
+from pyvlm.models.pretrained_vision import TransformersTower
+from pyvlm.models.tower_config import ConvConfig, ImageConfig, TransformersConfig, ViTConfig
 from pyvlm.nn.attention import SpanAttention
 
 
@@ -34,7 +37,7 @@ class ViTTower(nn.Module):
         self.patch_embed = nn.Conv2d(
             image.channels, config.hidden_size, config.patch_size, stride=config.patch_size
         )
-        self.position = nn.Parameter(torch.empty(config.grid(image.size) ** 2, config.hidden_size))
+        self.position = nn.Parameter(torch.empty(math.prod(config.grid(image.size)), config.hidden_size))
         self.position_init_std = config.position_init_std
         # Blocks behind the last level handed on would be computed for nothing.
         self.blocks = nn.ModuleList(ViTBlock(config, backend) for _ in range(max(self.levels)))
@@ -94,9 +97,11 @@ class ConvTower(nn.Module):
 
 
 # One entry a `type` of tower configuration.
-TOWERS: dict[str, type[nn.Module]] = {"vit": ViTTower, "conv": ConvTower}
+TOWERS: dict[str, type[nn.Module]] = {"vit": ViTTower, "conv": ConvTower, "transformers": TransformersTower}
 
 
-def build_tower(config: ViTConfig | ConvConfig, image: ImageConfig, backend: str) -> nn.Module:
+def build_tower(
+    config: ViTConfig | ConvConfig | TransformersConfig, image: ImageConfig, backend: str
+) -> nn.Module:
     """The tower of a configuration: from images [N, C, H, W] to its levels, [N, T, channels] each."""
     return TOWERS[config.type](config, image, backend)

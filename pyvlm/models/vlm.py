@@ -15,6 +15,8 @@ from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
 from pyvlm.models.language import LanguageModel
+from pyvlm.models.positions import grid_cells, position_ids
+from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vision import ViTTower, build_tower
 from pyvlm.nn.attention import KeyValueCache
@@ -54,13 +56,17 @@ class VLM(nn.Module):
         super().__init__()
         if backend is not None:
             config = VLMConfig.model_validate(config.model_dump() | {"backend": backend})
-        self.config = config
+        self.config = config.without_sources()
         self.vision_towers = nn.ModuleDict(
             {tower.name: build_tower(tower, config.image, config.backend) for tower in config.vision_towers}
         )
         self.fusion = build_fusion(config)
-        self.connector = build_connector(config.connector, self.fusion.out_dim, config.language.hidden_size)
+        self.connector = build_connector(config, self.fusion.out_dim)
         self.language = LanguageModel(config.language, config.backend)
+        self.column_embedding = None
+        if config.position_scheme == "share-by-row-and-column":
+            columns = max(columns for _, columns in config.token_grids)
+            self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
 
     def forward(
@@ -131,13 +137,18 @@ class VLM(nn.Module):
             embeds_BLC = place_image_tokens(
                 embeds_BLC, features_NTC.flatten(0, 1), is_image_BL, backend=self.config.backend
             )
-        return self.language(embeds_BLC, layout, cache)
+        positions_BK = position_ids(layout, self.config.position_scheme, [self.config.token_grids])
+        return self.language(embeds_BLC, layout, cache, positions_BK)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]."""
         images = images.to(self.language.embed_tokens.weight.dtype)
         levels = {name: tower(images) for name, tower in self.vision_towers.items()}
-        return self.connector(self.fusion(levels))
+        tokens_NTC = self.connector(self.fusion(levels))
+        if self.column_embedding is None:
+            return tokens_NTC
+        _, columns_T, _ = grid_cells((self.config.token_grids,), images.device)
+        return tokens_NTC + self.column_embedding(columns_T)
 
     def new_cache(self, max_length: int) -> list[KeyValueCache]:
         """Empty caches, one a layer, for up to `max_length` tokens a row."""
@@ -161,7 +172,10 @@ class VLM(nn.Module):
         return {
             "vision": list(self.vision_towers.parameters()),
             "fusion": list(self.fusion.parameters()),
-            "connector": list(self.connector.parameters()),
+            "connector": [
+                *self.connector.parameters(),
+                *([] if self.column_embedding is None else self.column_embedding.parameters()),
+            ],
             "language": [p for p in self.language.parameters() if id(p) not in in_experts],
             "moe": experts,
         }
@@ -199,8 +213,13 @@ class VLM(nn.Module):
         return [module for module in self.language.modules() if isinstance(module, MoE)]
 
     def _initialize(self) -> None:
-        """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own."""
+        """Normal weights, zero biases; norms, experts and convolutions (scaled by fan-in) keep their own, and
+        so do encoders of transformers."""
+        encoders = [tower for tower in self.vision_towers.values() if isinstance(tower, TransformersTower)]
+        in_encoders = {id(module) for tower in encoders for module in tower.modules()}
         for module in self.modules():
+            if id(module) in in_encoders:
+                continue
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -8,6 +8,8 @@ from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.partial_lora import PartialLoRALinear
+from pyvlm.nn.projector import build_projector
+from pyvlm.nn.qformer import QFormer, QFormerFusion
 
 __all__ = [
     "EncoderFeatures",
@@ -19,10 +21,13 @@ __all__ = [
     "MoEStats",
     "PartialLoRALinear",
     "PatchesToToken",
+    "QFormer",
+    "QFormerFusion",
     "Resampler",
     "RouterOptions",
     "SoftMoE",
     "SpanAttention",
     "TokenGroups",
+    "build_projector",
     "rotary_tables",
 ]

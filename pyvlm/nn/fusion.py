@@ -6,15 +6,20 @@ A grid is (rows, columns). `backend` goes to every op (`pyvlm.ops`).
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvlm.nn.projector import Projector, build_projector
+from pyvlm.nn.qformer import QFormerFusion
 from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
+
+Merge = Literal["layer_scale", "concat", "gated"]
+Method = Literal["channel_concat", "sequence", "qformer"]
 
 
 @dataclass(frozen=True)
@@ -25,34 +30,47 @@ class EncoderFeatures:
         channels: C of every level.
         grid: (rows, columns) of every level.
         levels: how many levels (layers) it hands over.
-        merge: several levels become one map as a weighted sum of projections ("layer_scale", COMM), or stay
-            side by side in the channels ("concat", ViP-LLaVA). A single level passes as it is.
-        align_dim: width of a two-layer MLP that the map passes before it is fused (COMM aligns DINOv2 to CLIP
-            so); none where None.
+        merge: several levels become one map as a weighted sum of projections ("layer_scale", COMM), or as the
+            first plus the others times a learned number each that starts at 0 ("gated", DeepSeek-VL), or they
+            stay side by side in the channels ("concat", ViP-LLaVA). A single level passes as it is.
+        downsample: the map is brought to 2^downsample times the target grid and passes so many convolutions
+            that halve it and double its channels (DeepSeek-VL: 2 for SAM); only for "channel_concat".
+        align_dim: width of the projector that the map passes before it is fused; none where None.
+        align: the projector's kind, see `build_projector`: COMM aligns DINOv2 to CLIP by "mlp2x_gelu",
+            DeepSeek-VL each encoder by "linear".
         patches: patches of this encoder that make one token; only for method "sequence".
+        queries: tokens that its map is read into; only for method "qformer".
     """
 
     channels: int
     grid: tuple[int, int]
     levels: int = 1
-    merge: Literal["layer_scale", "concat"] = "layer_scale"
+    merge: Merge = "layer_scale"
+    downsample: int = 0
     align_dim: int | None = None
+    align: Projector = "mlp2x_gelu"
     patches: int = 1
+    queries: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _pair(self.grid))
-        if self.merge not in ("layer_scale", "concat"):
-            raise ValueError(f'merge={self.merge!r} is unknown; expected "layer_scale" or "concat"')
-        for name in ("channels", "levels", "patches"):
+        if self.merge not in get_args(Merge):
+            raise ValueError(f"merge={self.merge!r} is unknown; expected one of {', '.join(get_args(Merge))}")
+        for name in ("channels", "levels", "patches", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.downsample < 0:
+            raise ValueError(f"downsample is {self.downsample}, expected at least 0")
+
+    @property
+    def merged_channels(self) -> int:
+        """Channels once the levels are one map."""
+        return self.channels * (self.levels if self.merge == "concat" else 1)
 
     @property
     def fused_channels(self) -> int:
         """Channels that this encoder brings to the fusion."""
-        if self.align_dim is not None:
-            return self.align_dim
-        return self.channels * (self.levels if self.merge == "concat" else 1)
+        return self.merged_channels * 2**self.downsample if self.align_dim is None else self.align_dim
 
 
 class FeatureFusion(nn.Module):
@@ -60,22 +78,29 @@ class FeatureFusion(nn.Module):
 
     The levels of each encoder are merged (`MergeLevels`), aligned where asked for, and fused by `method`:
 
-    - "channel_concat" (COMM, Eagle, Prismatic): every map on `grid`, channels side by side, and one
-      projection to `out_dim`.
-    - "sequence" (MouSi): each encoder's patches become tokens of `out_dim`, one encoder after another.
+    - "channel_concat": every map on `grid`, channels side by side, a norm where asked for, and a projector to
+      `out_dim`. So do Eagle (arXiv 2408.15998; `align_corners`), Prismatic (2402.07865; its projector),
+      ViP-LLaVA (2312.00784; levels "concat", a norm), COMM (2310.08825; levels "layer_scale", an aligned
+      DINOv2) and DeepSeek-VL (2403.05525; levels "gated", downsampled, aligned linearly, "gelu_linear").
+    - "sequence" (MouSi, 2401.17221): each encoder's patches become tokens of `out_dim`, one encoder after
+      another.
+    - "qformer" (MouSi): each encoder's map is read into `queries` tokens of `out_dim`, see `QFormerFusion`.
 
     The order of `encoders` is the order of channels, or of tokens.
 
     Args:
         encoders: name -> `EncoderFeatures` or a mapping of its attributes, such as
             {"channels": 1024, "grid": (24, 24), "levels": 24}.
-        out_dim: H. None (for "channel_concat" only) leaves the concatenation unprojected.
-        method: "channel_concat" or "sequence".
+        out_dim: H. None (for "channel_concat" only) leaves the concatenation without a projector.
+        method: "channel_concat", "sequence" or "qformer".
         grid: the target grid of "channel_concat"; the first encoder's where None.
         mode, align_corners: how maps are resized, see `pyvlm.ops.fuse_grids`.
+        norm: "layernorm" normalises the channels side by side (ViP-LLaVA), for "channel_concat" only.
+        projector: see `build_projector`; for "channel_concat" only.
         merge_weights, shared_projection: see `MergeLevels`.
         hidden_dim: for "sequence", width of the first of two layers, see `PatchesToToken`; one layer where
             None.
+        qformer: for "qformer", the options of `QFormerFusion`, such as {"hidden_dim": 768, "num_layers": 2}.
 
     Attributes:
         num_tokens: T of the output. out_dim: H of the output.
@@ -86,25 +111,28 @@ class FeatureFusion(nn.Module):
         encoders: Mapping[str, EncoderFeatures | Mapping[str, Any]],
         out_dim: int | None = None,
         *,
-        method: Literal["channel_concat", "sequence"] = "channel_concat",
+        method: Method = "channel_concat",
         grid: tuple[int, int] | None = None,
         mode: str = "bilinear",
         align_corners: bool = False,
+        norm: Literal["none", "layernorm"] = "none",
+        projector: Projector = "linear",
         merge_weights: Literal["softmax", "free", "fixed"] = "softmax",
         shared_projection: bool = True,
         hidden_dim: int | None = None,
+        qformer: Mapping[str, int] | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if not encoders:
             raise ValueError("FeatureFusion: encoders is empty; name at least one")
-        if method not in ("channel_concat", "sequence"):
+        if method not in get_args(Method):
             raise ValueError(
-                f'FeatureFusion: method={method!r} is unknown; expected "channel_concat" or "sequence"'
+                f"FeatureFusion: method={method!r} is unknown; expected one of {', '.join(get_args(Method))}"
             )
         self.encoders = {name: _encoder_features(name, entry) for name, entry in encoders.items()}
         self.method, self.mode, self.align_corners, self.backend = method, mode, align_corners, backend
-        self.merges, self.aligns = nn.ModuleDict(), nn.ModuleDict()
+        self.merges, self.downsamples, self.aligns = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name, encoder in self.encoders.items():
             if encoder.levels > 1 and encoder.merge == "layer_scale":
                 self.merges[name] = MergeLevels(
@@ -115,26 +143,37 @@ class FeatureFusion(nn.Module):
                     shared_projection=shared_projection,
                     backend=backend,
                 )
+            if encoder.levels > 1 and encoder.merge == "gated":
+                self.merges[name] = GatedSum(encoder.levels)
+            if encoder.downsample:
+                self.downsamples[name] = Downsample(encoder.merged_channels, encoder.downsample, backend)
             if encoder.align_dim is not None:
                 merged = dataclasses.replace(encoder, align_dim=None).fused_channels
-                self.aligns[name] = nn.Sequential(
-                    nn.Linear(merged, encoder.align_dim),
-                    nn.GELU(),
-                    nn.Linear(encoder.align_dim, encoder.align_dim),
-                )
+                self.aligns[name] = build_projector(encoder.align, merged, encoder.align_dim)
         channels = [encoder.fused_channels for encoder in self.encoders.values()]
-        if method == "sequence":
+        if method != "channel_concat":
             if out_dim is None:
                 raise ValueError(
-                    'FeatureFusion: method "sequence" needs an out_dim; give the width of a token'
+                    f'FeatureFusion: method "{method}" needs an out_dim; give the width of a token'
                 )
-            self.num_tokens = sum(_tokens_in_sequence(name, e) for name, e in self.encoders.items())
-            patches = [encoder.patches for encoder in self.encoders.values()]
-            self.to_tokens = PatchesToToken(channels, out_dim, patches, hidden_dim, backend)
+            if norm != "none" or projector != "linear" or self.downsamples:
+                raise ValueError(
+                    'FeatureFusion: norm, projector and downsample belong to method "channel_concat"'
+                )
+            self.to_tokens: nn.Module
+            if method == "qformer":
+                queries = [encoder.queries for encoder in self.encoders.values()]
+                self.num_tokens = sum(queries)
+                self.to_tokens = QFormerFusion(channels, out_dim, queries, **(qformer or {}))
+            else:
+                self.num_tokens = sum(_tokens_in_sequence(name, e) for name, e in self.encoders.items())
+                patches = [encoder.patches for encoder in self.encoders.values()]
+                self.to_tokens = PatchesToToken(channels, out_dim, patches, hidden_dim, backend)
         else:
             self.grid = _pair(grid) if grid is not None else next(iter(self.encoders.values())).grid
             self.num_tokens = math.prod(self.grid)
-            self.projection = None if out_dim is None else nn.Linear(sum(channels), out_dim)
+            self.norm = nn.LayerNorm(sum(channels)) if norm == "layernorm" else None
+            self.projection = None if out_dim is None else build_projector(projector, sum(channels), out_dim)
         self.out_dim = sum(channels) if out_dim is None else out_dim
 
     def forward(self, features: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -152,13 +191,19 @@ class FeatureFusion(nn.Module):
                 f"FeatureFusion: features are of {sorted(features)}, expected {sorted(self.encoders)}"
             )
         maps = [self._encoder_map(name, features[name]) for name in self.encoders]
-        if self.method == "sequence":
+        if self.method != "channel_concat":
             return self.to_tokens(maps)
-        weight, bias = (
-            (None, None) if self.projection is None else (self.projection.weight, self.projection.bias)
-        )
-        grids = [encoder.grid for encoder in self.encoders.values()]
-        return fuse_grids(maps, grids, self.grid, weight, bias, self.mode, self.align_corners, self.backend)
+        grids = [self.grid if e.downsample else e.grid for e in self.encoders.values()]
+        layers = [] if self.projection is None else list(_layers(self.projection))
+        weight: Tensor | None = None
+        bias: Tensor | None = None
+        if self.norm is None and layers and isinstance(layers[0], nn.Linear):
+            # The op projects without making the concatenation.
+            weight, bias, layers = layers[0].weight, layers[0].bias, layers[1:]
+        fused = fuse_grids(maps, grids, self.grid, weight, bias, self.mode, self.align_corners, self.backend)
+        for layer in layers if self.norm is None else [self.norm, *layers]:
+            fused = layer(fused)
+        return fused
 
     def _encoder_map(self, name: str, levels: Sequence[Tensor]) -> Tensor:
         encoder = self.encoders[name]
@@ -177,7 +222,13 @@ class FeatureFusion(nn.Module):
             merged = self.merges[name](levels)
         else:
             merged = levels[0] if len(levels) == 1 else torch.cat(levels, dim=-1)
+        if name in self.downsamples:
+            merged = self.downsamples[name](merged, encoder.grid, self.grid)
         return self.aligns[name](merged) if name in self.aligns else merged
+
+
+def _layers(projector: nn.Module) -> Iterable[nn.Module]:
+    return projector if isinstance(projector, nn.Sequential) else [projector]
 
 
 def _pair(grid: Sequence[int]) -> tuple[int, int]:
@@ -273,6 +324,45 @@ class MergeLevels(nn.Module):
         return merge_levels(
             levels, self.alpha, self.weight, self.bias, self.ln_weight, self.ln_bias, self.eps, self.backend
         )
+
+
+class GatedSum(nn.Module):
+    """v_1 + Σ_l α_l v_l over the further levels, α learned from 0; DeepSeek-VL (arXiv 2403.05525)."""
+
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(num_levels - 1))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Adds L maps of one shape."""
+        merged, *further = levels
+        for alpha, level in zip(self.alpha, further, strict=True):
+            merged = merged + alpha * level
+        return merged
+
+
+class Downsample(nn.Module):
+    """A map brought to 2^steps times the target grid, then halved by so many convolutions.
+
+    Each convolution is 3 × 3 of stride 2 without a bias, and doubles the channels. So DeepSeek-VL (arXiv
+    2403.05525) brings SAM's map to the grid of SigLIP.
+    """
+
+    def __init__(self, channels: int, steps: int, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.convs = nn.Sequential(
+            *(
+                nn.Conv2d(channels * 2**i, channels * 2 ** (i + 1), 3, stride=2, padding=1, bias=False)
+                for i in range(steps)
+            )
+        )
+
+    def forward(self, x_NTC: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+        """A map [N, T, C] of `grid` as [N, target, C · 2^steps]."""
+        rows, columns = (side * 2 ** len(self.convs) for side in target)
+        resized = fuse_grids([x_NTC], [grid], (rows, columns), backend=self.backend)
+        return self.convs(resized.transpose(1, 2).unflatten(2, (rows, columns))).flatten(2).transpose(1, 2)
 
 
 class PatchesToToken(nn.Module):

@@ -103,8 +103,6 @@ class Recipe(Config):
     seed: Natural = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     model: VLMConfig
-    image_mean: float = 0.5
-    image_std: Annotated[float, Field(gt=0)] = 0.5
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
     evaluation: Evaluation = Evaluation()
     checkpoint_every: Positive = 200
@@ -138,12 +136,7 @@ class Recipe(Config):
         """The tokenizer and the image preprocessing of this recipe."""
         return Processor(
             _tokenizer(),
-            ProcessorConfig(
-                image=self.model.image,
-                tokens_per_image=self.model.tokens_per_image,
-                image_mean=(self.image_mean,),
-                image_std=(self.image_std,),
-            ),
+            ProcessorConfig(image=self.model.image, tokens_per_image=self.model.tokens_per_image),
         )
 
 

@@ -148,10 +148,8 @@ def test_any_tokenizer_of_the_library() -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     config = ProcessorConfig(
-        image=ImageConfig(size=2),
+        image=ImageConfig(size=2, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)),
         tokens_per_image=3,
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.5, 0.6, 0.7),
         pad_token="[PAD]",
         image_token="[IMG]",
         user_token="[INST]",
@@ -164,9 +162,8 @@ def test_any_tokenizer_of_the_library() -> None:
     sample = processor.encode([{"role": "user", "content": content}])
     assert sample["input_ids"][:4].tolist() == [2, 1, 1, 1]
     assert processor.decode(sample["input_ids"]) == "Was ist schön?"
-    expected = ((1 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std))[:, None, None].expand(
-        3, 2, 2
-    )
+    mean, std = torch.tensor(config.image.mean), torch.tensor(config.image.std)
+    expected = ((1 - mean) / std)[:, None, None].expand(3, 2, 2)
     assert torch.equal(sample["images"][0], expected)
 
 
@@ -211,6 +208,6 @@ def test_what_does_not_fit_together_is_refused(processor: Processor) -> None:
     with pytest.raises(ValueError, match=r"lacks the special tokens \['<user>', '<assistant>', '<end>'\]"):
         Processor(tokenizer, processor.config)
     with pytest.raises(ValueError, match="one for each of 1 channels"):
-        ProcessorConfig(image=ImageConfig(size=4, channels=1), tokens_per_image=2, image_mean=(0.5, 0.5, 0.5))
+        ImageConfig(size=4, channels=1, mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="must be positive"):
-        ProcessorConfig(image=ImageConfig(size=4), tokens_per_image=2, image_std=(0.0,))
+        ImageConfig(size=4, std=(0.0,))

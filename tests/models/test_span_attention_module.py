@@ -7,7 +7,8 @@ import torch
 from tolerance import assert_conforms
 
 from pyvlm.layout import RULES, TokenLayout
-from pyvlm.models.language import positions, slice_layout
+from pyvlm.models.language import slice_layout
+from pyvlm.models.positions import position_ids
 from pyvlm.nn import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.attention import rotate
 
@@ -59,7 +60,7 @@ def test_gradients_reach_the_input_and_every_parameter(rule: str) -> None:
     module = SpanAttention(6, 2, 1, head_dim=4, bias=True, softcap=3.0, sinks=True).double()
     kind = torch.tensor([[0, 1, 2, 2, 1], [1, 2, 2, 1, 0]], dtype=torch.uint8)
     layout = TokenLayout(kind)
-    rotary = rotary_tables(positions(layout), 4, 100.0)
+    rotary = rotary_tables(position_ids(layout), 4, 100.0)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in module.named_parameters()]
 
@@ -86,7 +87,7 @@ def test_the_cache_gives_the_rows_of_one_pass(cuts: list[int], rule: str) -> Non
     layout = TokenLayout(kind, prefix=prefix.expand(2, -1))
     module = SpanAttention(12, 4, 2, head_dim=6, sinks=True).double()
     x = torch.randn(2, 13, 12, dtype=torch.float64)
-    cos_and_sin = rotary_tables(positions(layout), 6, 100.0)
+    cos_and_sin = rotary_tables(position_ids(layout), 6, 100.0)
     cache = KeyValueCache(13)
     whole, rows = [], []
     with torch.no_grad():
@@ -132,7 +133,7 @@ def test_rotary_is_that_of_the_paper() -> None:
 def test_positions_skip_padding_and_restart_with_documents() -> None:
     kind = torch.tensor([[0, 0, 1, 2, 2, 1, 1, 1], [1, 1, 1, 1, 2, 1, 0, 0]], dtype=torch.uint8)
     document = torch.tensor([[0] * 8, [0, 0, 1, 1, 1, 2, 2, 2]], dtype=torch.int32)
-    got = positions(TokenLayout(kind, document=document))
+    got = position_ids(TokenLayout(kind, document=document))
     assert got[0, 2:].tolist() == [0, 1, 2, 3, 4, 5]
     assert got[1, :6].tolist() == [0, 1, 0, 1, 2, 0]
 

@@ -1,5 +1,6 @@
 """Vision towers: their levels, and where in the image each token looks."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -46,7 +47,7 @@ def test_levels_have_the_shapes_that_the_config_promises(
 ) -> None:
     levels = run(config, pictures(3))
     assert [level.shape for level in levels] == [(3, tokens, channels)] * len(config.levels)
-    assert config.grid(8) ** 2 == tokens
+    assert math.prod(config.grid(8)) == tokens
     assert config.channels_out == channels
     assert run(config, pictures(0))[0].shape == (0, tokens, channels)
 
