@@ -251,7 +251,8 @@ def forward_kernel(
     """out [N, A, Q, D] and lse [N, A, Q]; both as 0 and −∞ where a query sees nothing."""
     image, head, place = place_of(heads, queries)
     q_D = load_row(query, query_strides, image, head, place, D, BLOCK_D)
-    # Powers of two over the largest score so far: the softmax of all tiles, whatever their order.
+    # Powers over the largest score so far. Differences come before log2(e): large scores, and an lse, that are
+    # multiplied by it would round apart.
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc_D = tl.zeros([BLOCK_D], tl.float32)
@@ -262,19 +263,19 @@ def forward_kernel(
             )
             k_WD = load_tokens(keys[i], key_strides[i], image, head, token_W, seen_W, D, BLOCK_D)
             v_WD = load_tokens(values[i], value_strides[i], image, head, token_W, seen_W, D, BLOCK_D)
-            s_W = tl.sum(q_D[None, :] * k_WD, 1) * (scale * LOG2E)
+            s_W = tl.sum(q_D[None, :] * k_WD, 1) * scale
             s_W = tl.where(seen_W, s_W, float("-inf"))
             new_top = tl.maximum(top, tl.max(s_W, 0))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            shrink = tl.exp2(top - base)
-            p_W = tl.exp2(s_W - base)
+            shrink = tl.exp2((top - base) * LOG2E)
+            p_W = tl.exp2((s_W - base) * LOG2E)
             total = total * shrink + tl.sum(p_W, 0)
             acc_D = acc_D * shrink + tl.sum(p_W[:, None] * v_WD, 0)
             top = new_top
     sees_nothing = total == 0
     total = tl.where(sees_nothing, 1.0, total)
     store_row(out, acc_D / total, out_strides, image, head, place, D, BLOCK_D)
-    value = tl.where(sees_nothing, float("-inf"), (top + tl.log2(total)) / LOG2E)
+    value = tl.where(sees_nothing, float("-inf"), top + tl.log2(total) / LOG2E)
     tl.store(lse + (image.to(tl.int64) * heads + head) * queries + place, value)
 
 
@@ -311,7 +312,7 @@ def backward_kernel(
     q_D = load_row(query, query_strides, image, head, place, D, BLOCK_D)
     grad_D = load_row(grad_out, grad_out_strides, image, head, place, D, BLOCK_D)
     delta = tl.sum(grad_D * load_row(out, out_strides, image, head, place, D, BLOCK_D), 0)
-    base = tl.load(lse + (image.to(tl.int64) * heads + head) * queries + place) * LOG2E
+    base = tl.load(lse + (image.to(tl.int64) * heads + head) * queries + place)
     grad_q_D = tl.zeros([BLOCK_D], tl.float32)
     for i in tl.static_range(len(SIDES)):
         for first in tl.range(0, SIDES[i] * SIDES[i], BLOCKS[i]):
@@ -320,8 +321,8 @@ def backward_kernel(
             )
             k_WD = load_tokens(keys[i], key_strides[i], image, head, token_W, seen_W, D, BLOCK_D)
             v_WD = load_tokens(values[i], value_strides[i], image, head, token_W, seen_W, D, BLOCK_D)
-            s_W = tl.sum(q_D[None, :] * k_WD, 1) * (scale * LOG2E)
-            p_W = tl.where(seen_W, tl.exp2(s_W - base), 0.0)
+            s_W = tl.sum(q_D[None, :] * k_WD, 1) * scale
+            p_W = tl.where(seen_W, tl.exp2((s_W - base) * LOG2E), 0.0)
             grad_s_W = p_W * (tl.sum(grad_D[None, :] * v_WD, 1) - delta) * scale
             grad_q_D += tl.sum(grad_s_W[:, None] * k_WD, 0)
             at = grad_strides[i]

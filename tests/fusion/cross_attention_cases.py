@@ -33,7 +33,7 @@ class LocalCase:
         return replace(self, images=2, heads=min(self.heads, 3), grid=(5, 4))
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Query, keys and values [N, A, tokens, D] that lie as [N, tokens, A, D], as projections give them."""
+        """Query, keys and values [N, A, tokens, D] that lie as [N, tokens, A, D], as from projections."""
         generator = torch.Generator().manual_seed(1)
 
         def heads_of(tokens: int) -> Tensor:
