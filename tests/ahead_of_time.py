@@ -86,8 +86,13 @@ def recorded(family: ModuleType, architecture: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and alignments, as Triton sees the arguments: no number is a constant or aligned."""
+def signature(
+    launch: Launch,
+) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Types, constants and alignments, as Triton sees the arguments: no number is a constant or aligned.
+
+    Except in a tuple: there the numbers are strides, and Triton looks at them.
+    """
     types, constants, alignments = {}, {}, {}
     for parameter in launch.kernel.params:
         name = parameter.name
@@ -100,10 +105,22 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + TYPES[value.dtype]
             alignments[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            types[name] = _types_in(value, (parameter.num,), alignments)
         else:
             assert parameter.do_not_specialize, name
             types[name] = SCALARS.get(parameter.annotation, parameter.annotation)
     return types, constants, alignments
+
+
+def _types_in(value: Any, path: tuple[int, ...], alignments: dict[tuple[int, ...], list[list[Any]]]) -> Any:
+    """The types of a tuple of tensors, strides or tuples; it adds their alignments."""
+    if isinstance(value, tuple):
+        return tuple(_types_in(item, (*path, i), alignments) for i, item in enumerate(value))
+    is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor or value % 16 == 0:
+        alignments[path] = [["tt.divisibility", 16]]
+    return "*" + TYPES[value.dtype] if is_tensor else "i32"
 
 
 def facts(launch: Launch, architecture: int) -> dict[str, Any]:
@@ -200,4 +217,6 @@ def check_no_number_is_specialised(launches: list[Launch]) -> None:
 
 
 def _aligned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_aligned, value))
     return torch.zeros(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value

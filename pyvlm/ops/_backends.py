@@ -21,6 +21,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "pack_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "place_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "add_at_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
+    "local_cross_attention": {"native": ("cpu",), "triton": ("cuda",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

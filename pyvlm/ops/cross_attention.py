@@ -6,13 +6,15 @@ Every function raises TypeError for a wrong dtype and ValueError for a wrong sha
 the argument. `backend` is "auto" or a name in `pyvlm.ops._backends`.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from pyvlm import _native
 from pyvlm.ops._backends import resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import cross_attention as reference
@@ -42,9 +44,10 @@ def local_cross_attention(
         masks: one bool [N, T_i] an encoder, True where visible; all visible where None. A query that sees
             nothing gets 0.
         scale: of the scores; 1/√D where None.
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        [N, A, Q, D].
+        [N, A, Q, D]; of the kernels it lies as [N, Q, A, D], so that joining the heads copies nothing.
     """
     op = "local_cross_attention"
     keys, values = as_list(op, "keys", keys), as_list(op, "values", values)
@@ -61,7 +64,10 @@ def local_cross_attention(
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         shapes.check(f"keys[{i}]", key, "NATD").check(f"values[{i}]", value, "NATD")
         tokens = key.shape[2]
-        if tokens == 0 or tokens != num_queries * math.isqrt(tokens // num_queries) ** 2:
+        side = 1
+        while num_queries * side**2 < tokens:  # math.isqrt is not traced where sizes are symbols
+            side += 1
+        if tokens != num_queries * side**2:
             raise ValueError(
                 f"{op}: keys[{i}] has {tokens} tokens, which is not {num_queries} queries times a square "
                 "window; resize the map to a whole multiple of the query grid"
@@ -69,8 +75,16 @@ def local_cross_attention(
         if masks is not None:
             shapes.check(f"masks[{i}]", masks[i], "NT", dtypes=(torch.bool,))
         shapes.forget("T")
-    resolve(op, backend, query.device)
-    return reference.local_cross_attention(query, keys, values, query_grid, masks, scale)
+    implementation = resolve(op, backend, query.device)
+    if implementation == "reference":
+        return reference.local_cross_attention(query, keys, values, query_grid, masks, scale)
+    masks = [] if masks is None else list(masks)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if implementation == "triton" and query.device.type == "cpu":
+        out, _ = _InterpretedTriton.apply(query, *keys, *values, query_grid, masks, scale)
+        return out
+    out, _ = torch.ops.pyvlm.local_cross_attention(query, keys, values, *query_grid, masks, scale)
+    return out
 
 
 def resample(
@@ -165,3 +179,103 @@ def resize_positions(table: Tensor, grid: tuple[int, int], target: tuple[int, in
     return (
         F.interpolate(maps, size=target, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
     )
+
+
+# The ops behind `local_cross_attention`: `csrc/bindings/cross_attention.cpp` has the schemas.
+
+
+def _empty_tokens(x: Tensor) -> Tensor:
+    """A result like x, [N, A, tokens, D], that lies as [N, tokens, A, D]."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _fake_local(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_tokens(query), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
+
+
+def _fake_local_backward(
+    grad_out: Tensor, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return _empty_tokens(query), [_empty_tokens(k) for k in keys], [_empty_tokens(v) for v in values]
+
+
+def _local_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, keys, values, ctx.rows, ctx.columns, masks, ctx.scale = inputs
+    ctx.num_maps = len(keys)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, *output, *keys, *values, *masks)
+
+
+def _local_gradients(
+    op: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]], ctx: Any, grad_out: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    query, out, lse, *lists = ctx.saved_tensors
+    maps = ctx.num_maps
+    keys, values, masks = lists[:maps], lists[maps : 2 * maps], lists[2 * maps :]
+    return op(grad_out, query, keys, values, ctx.rows, ctx.columns, masks, ctx.scale, out, lse)
+
+
+def _local_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ...]:
+    nothing = [None] * ctx.num_maps
+    grads: tuple[Any, ...] = (None, nothing, nothing)
+    if grad_out is not None:
+        grads = _local_gradients(torch.ops.pyvlm.local_cross_attention_backward, ctx, grad_out)
+    no_masks = [None] * (len(ctx.saved_tensors) - 3 - 2 * ctx.num_maps)
+    return (*grads, None, None, no_masks, None)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        'local_cross_attention has no second derivative but in its reference: use backend="reference"'
+    )
+
+
+def _local_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from pyvlm.triton_kernels import cross_attention  # not before it is needed: Triton takes a second
+
+    return cross_attention.local_cross_attention(*args)
+
+
+def _local_triton_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    from pyvlm.triton_kernels import cross_attention
+
+    return cross_attention.local_cross_attention_backward(*args)
+
+
+class _InterpretedTriton(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones.
+
+    Inputs: query, the keys, the values, query_grid, masks, scale. Autograd sees no tensors in a list.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _local_triton(*_InterpretedTriton.arguments(args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _local_setup_context(ctx, _InterpretedTriton.arguments(inputs), output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        grad_query, grad_keys, grad_values = _local_gradients(_local_triton_backward, ctx, grad_out)
+        return grad_query, *grad_keys, *grad_values, None, None, None
+
+    @staticmethod
+    def arguments(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, *maps, query_grid, masks, scale = inputs
+        half = len(maps) // 2
+        return query, maps[:half], maps[half:], *query_grid, masks, scale
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.impl("pyvlm::local_cross_attention", "CUDA", _local_triton)
+    torch.library.impl("pyvlm::local_cross_attention_backward", "CUDA", _local_triton_backward)
+    torch.library.register_fake("pyvlm::local_cross_attention", _fake_local)
+    torch.library.register_fake("pyvlm::local_cross_attention_backward", _fake_local_backward)
+    torch.library.register_autograd(
+        "pyvlm::local_cross_attention", _local_backward, setup_context=_local_setup_context
+    )
+    torch.library.register_autograd("pyvlm::local_cross_attention_backward", _refuse_second_derivative)
