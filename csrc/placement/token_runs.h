@@ -54,7 +54,7 @@ class TokenRuns {
   }
 
   static constexpr int64_t kBlockBytes = 128 << 10;
-  // What `run_each` weighs tasks by: a thread copies some 10 GB/s, and multiplies ten times as many numbers.
+  // In the multiply-adds that `run_each` weighs tasks by: a thread writes some 10 GB/s of copies.
   static constexpr int64_t kWorkOfAByte = 8;
 
  private:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pyvlm.ops.placement import add_at_image_tokens
+from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens
 
 
 class PartialLoRALinear(nn.Linear):
@@ -50,6 +50,6 @@ class PartialLoRALinear(nn.Linear):
         if num_image_tokens is None:
             num_image_tokens = int(image_mask.sum())
         positions = torch.nonzero_static(image_mask.flatten(), size=num_image_tokens).squeeze(1)
-        image_states = hidden_states.flatten(0, 1).index_select(0, positions)
+        image_states = pack_image_tokens(hidden_states.flatten(0, 1), positions, backend=self.backend)
         updates = self.lora_b(self.lora_a(self.dropout(image_states))) * self.scaling
         return add_at_image_tokens(super().forward(hidden_states), updates, image_mask, backend=self.backend)

@@ -1,12 +1,11 @@
 """Image rows into text: the merge, its index maps (against transformers), and counts that differ."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from tolerance import assert_conforms
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -267,58 +266,7 @@ def test_bad_input_is_one_clear_error(name: str) -> None:
 
 # ---- index maps
 
-PINPOINTS = [(28, 56), (56, 28), (56, 56), (84, 28), (28, 84), (112, 28)]
-TILE, TILE_TOKENS = 28, 3
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
-
-
-@given(image_sizes=st.lists(sizes, min_size=1, max_size=3), newline=st.booleans(), tiled=st.booleans())
-@example(image_sizes=[(1, 3000), (3000, 1)], newline=True, tiled=True)  # strips that lose every row or column
-@example(image_sizes=[(1000, 1001), (672, 672)], newline=True, tiled=True)
-def test_anyres_index_packs_as_transformers_does(
-    image_sizes: list[tuple[int, int]], newline: bool, tiled: bool
-) -> None:
-    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
-
-    num_maps = [
-        1 + rows * columns for rows, columns in (anyres_grid(s, PINPOINTS, TILE) for s in image_sizes)
-    ]
-    num_maps = num_maps if tiled else [1] * len(image_sizes)
-    index, lengths = anyres_index(image_sizes, PINPOINTS, TILE, TILE_TOKENS, newline, num_maps)
-
-    # Features that are their own row numbers show the original's packing as an index map.
-    rows = torch.arange(sum(num_maps) * TILE_TOKENS**2, dtype=torch.float64).view(-1, TILE_TOKENS**2, 1)
-    config = SimpleNamespace(
-        vision_config=SimpleNamespace(image_size=TILE, patch_size=TILE // TILE_TOKENS),
-        image_grid_pinpoints=PINPOINTS,
-    )
-    packed, packed_lengths = LlavaNextModel.pack_image_features(
-        SimpleNamespace(config=config),
-        rows.split(num_maps),
-        image_sizes,
-        "default",
-        torch.tensor([float(NEWLINE)]) if newline else None,
-    )
-    assert torch.equal(index.double(), torch.cat(packed).flatten())
-    assert lengths == packed_lengths.tolist()
-
-
-@given(image_size=sizes, newline=st.booleans())
-def test_anyres_index_uses_each_row_at_most_once(image_size: tuple[int, int], newline: bool) -> None:
-    index, (length,) = anyres_index([image_size], PINPOINTS, TILE, TILE_TOKENS, newline)
-    rows, columns = anyres_grid(image_size, PINPOINTS, TILE)
-    real = index[index != NEWLINE]
-    assert index.dtype == torch.int32
-    assert length == index.numel()
-    assert real.unique().numel() == real.numel()
-    assert int(real.max()) < (1 + rows * columns) * TILE_TOKENS**2
-    assert torch.equal(index[: TILE_TOKENS**2], torch.arange(TILE_TOKENS**2, dtype=torch.int32)), "base view"
-    if newline:
-        after_base = index[TILE_TOKENS**2 :]
-        width = int((after_base == NEWLINE).int().argmax()) if after_base.numel() else 0
-        assert (after_base.view(-1, width + 1)[:, width] == NEWLINE).all()
-    else:
-        assert (index >= 0).all()
 
 
 @given(
