@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -96,6 +97,37 @@ void store_two(T* to, int64_t count, const Vec<acc_t>& x0, const Vec<acc_t>& x1)
   }
 }
 
+// The same past the caches, where the place is aligned and whole: nobody reads it soon.
+template <typename acc_t, typename T>
+void stream_two([[maybe_unused]] T* to, const Vec<acc_t>& x0, const Vec<acc_t>& x1) {
+  const auto put = [](T* at, const Vec<T>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+    __m512i bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(at), bits);
+#elif defined(CPU_CAPABILITY_AVX2)
+    __m256i bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(at), bits);
+#else
+    x.store(at);
+#endif
+  };
+  if constexpr (std::is_same_v<T, acc_t>) {
+    put(to, x0);
+    put(to + Vec<acc_t>::size(), x1);
+  } else {
+    put(to, at::vec::convert_from_float<T>(x0, x1));
+  }
+}
+
+// Behind the last of them, before other threads may read.
+inline void end_streams() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 // The arithmetic of one query with one token, for all heads. Rows in acc_t are [A, width], zeros behind D.
 template <typename scalar_t>
 class Heads {
@@ -119,13 +151,20 @@ class Heads {
     }
   }
 
-  // to[a] = from[a] · factor[a]
+  // to[a] = from[a] · factor[a]; where `stream`, past the caches: `to` is then aligned, and D a multiple of
+  // kStep.
+  template <bool stream = false>
   void store(const Token<scalar_t>& to, const acc_t* from, const acc_t* factor) const {
     for (int64_t a = 0; a < A_; ++a) {
       const V by(factor[a]);
       each_step([&](int64_t d, int64_t left) {
         const acc_t* x = from + a * width_ + d;
-        store_two<acc_t>(to.data + a * to.head + d, left, V::loadu(x) * by, V::loadu(x + V::size()) * by);
+        const V x0 = V::loadu(x) * by, x1 = V::loadu(x + V::size()) * by;
+        if constexpr (stream) {
+          stream_two<acc_t>(to.data + a * to.head + d, x0, x1);
+        } else {
+          store_two<acc_t>(to.data + a * to.head + d, left, x0, x1);
+        }
       });
     }
   }

@@ -102,6 +102,7 @@ class TestEndToEnd:
             ("moe", ["moe-llava-expert-choice", "decode-t1"], 3),
             ("routing", ["one-group", "images"], 2),
             ("placement", ["merge", "pack-tiles", "merge-tiles", "deepstack"], 8),
+            ("cross_attention", ["cambrian", "cambrian-letterbox"], 4),
         ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from fusion.cross_attention_cases import SMALL_CASES, LocalCase
 from pyvlm.triton_kernels import cross_attention
 from pyvlm.triton_kernels.common import INTERPRETED
-from pyvlm.triton_kernels.cross_attention import Tiles
+from pyvlm.triton_kernels.cross_attention import TILES, Tiles
 from tolerance import assert_close, assert_conforms
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def results(
     case: LocalCase,
     grad_out: Tensor,
     scale: float = 0.4,
-    tiles: Tiles = Tiles(),
+    tiles: Tiles = TILES,
 ) -> Results:
     """out, lse and all gradients of the kernels."""
     arguments = (query, keys, values, *case.grid, case.masks() or [], scale)
@@ -58,7 +58,7 @@ def by_reference(
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
-def assert_right(case: LocalCase, dtype: torch.dtype, scale: float = 0.4, tiles: Tiles = Tiles()) -> None:
+def assert_right(case: LocalCase, dtype: torch.dtype, scale: float = 0.4, tiles: Tiles = TILES) -> None:
     query, keys, values = case.inputs(dtype)
     grad_out = torch.randn(query.shape).to(dtype)
     out, lse, *grads = flat(results(query, keys, values, case, grad_out, scale, tiles))
@@ -125,7 +125,7 @@ def test_windows_of_several_tiles(elements: int, masked: bool) -> None:
     assert_right(replace(CASE, sides=(3, 1, 4), masked=masked), torch.float32, tiles=Tiles(elements=elements))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.7, 100.0])
+@pytest.mark.parametrize("scale", [0.0, -0.7, 30.0])
 def test_any_scale(scale: float) -> None:
     assert_right(CASE, torch.float32, scale)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention to windows, compiled for GPUs that are not here; what compiles them anew."""
+"""The Triton kernels of attention to windows, compiled for GPUs that are not here; when they compile anew."""
 
 import json
 from typing import Any

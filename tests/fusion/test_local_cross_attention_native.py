@@ -1,6 +1,7 @@
 """The native attention to windows: sizes that cross its vectors and tasks, bit by bit, and as torch ops."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,20 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(a.equal(b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 24), (torch.float32, 12)], ids=str)
+def test_gradients_that_go_past_the_caches_have_the_same_bits(dtype: torch.dtype, rows: int) -> None:
+    # From 32 MB on: both images together, but not one.
+    case = LocalCase("two", "images", 2, 16, 64, (rows, 12), (1, 1, 1, 4))
+    one = replace(case, images=1)
+    inputs = flat(case, dtype)
+    grad_out = torch.randn(inputs[0].shape)
+    both = results(of_case(case, "native"), inputs, grad_out, dtype)
+    assert sum(x.nbytes for x in both[2:]) > 32 << 20 > sum(x[:1].nbytes for x in both[2:])
+    for image in (slice(0, 1), slice(1, 2)):
+        alone = results(of_case(one, "native"), [x[image] for x in inputs], grad_out[image], dtype)
+        assert all(a[image].equal(b) for a, b in zip(both, alone, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
