@@ -19,6 +19,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "merge_routings": {"native": ("cpu",)},
     "expert_mlp": {"native": ("cpu",), "triton": ("cuda",)},
     "linear": {"native": ("cpu",)},
+    "fuse_grids": {"native": ("cpu", "cuda")},
+    "patches_to_token": {"native": ("cpu", "cuda")},
+    "resample": {"native": ("cpu", "cuda")},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

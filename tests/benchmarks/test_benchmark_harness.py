@@ -102,6 +102,8 @@ class TestEndToEnd:
             ("moe", ["moe-llava-expert-choice", "decode-t1"], 3),
             ("routing", ["one-group", "images"], 2),
             ("linear", ["connector"], 2),
+            ("resample", ["qwen-vl-b4"], 2),
+            ("grids", ["eagle"], 2),
         ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
