@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvlm.nn.linear import Linear
 from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
 
 
@@ -118,9 +119,9 @@ class FeatureFusion(nn.Module):
             if encoder.align_dim is not None:
                 merged = dataclasses.replace(encoder, align_dim=None).fused_channels
                 self.aligns[name] = nn.Sequential(
-                    nn.Linear(merged, encoder.align_dim),
+                    Linear(merged, encoder.align_dim),
                     nn.GELU(),
-                    nn.Linear(encoder.align_dim, encoder.align_dim),
+                    Linear(encoder.align_dim, encoder.align_dim),
                 )
         channels = [encoder.fused_channels for encoder in self.encoders.values()]
         if method == "sequence":
@@ -300,7 +301,7 @@ class PatchesToToken(nn.Module):
         self.patches, self.backend = tuple(patches), backend
         width = out_dim if hidden_dim is None else hidden_dim
         self.experts = nn.ModuleList(nn.Linear(m * c, width) for c, m in zip(channels, patches, strict=True))
-        self.shared = None if hidden_dim is None else nn.Linear(hidden_dim, out_dim)
+        self.shared = None if hidden_dim is None else Linear(hidden_dim, out_dim)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Projects one map [N, T_i, C_i] an expert to [N, ΣT_i/m_i, H]."""
