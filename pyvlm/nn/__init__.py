@@ -4,6 +4,7 @@ from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.experts import SoftMoE
 from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion, MergeLevels, PatchesToToken
+from pyvlm.nn.linear import Linear
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
@@ -15,6 +16,7 @@ __all__ = [
     "EncoderFeatures",
     "FeatureFusion",
     "KeyValueCache",
+    "Linear",
     "LocalCrossAttention",
     "MergeLevels",
     "MoE",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyvlm.nn.linear import Linear
 from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
 
 
@@ -42,7 +43,7 @@ class Resampler(nn.Module):
         self.grid_size, self.backend = grid_size, backend
         kv_dim = embed_dim if kv_dim is None else kv_dim
         self.query = nn.Parameter(torch.empty(grid_size**2, embed_dim))
-        self.kv_proj = nn.Identity() if kv_dim == embed_dim else nn.Linear(kv_dim, embed_dim, bias=False)
+        self.kv_proj = nn.Identity() if kv_dim == embed_dim else Linear(kv_dim, embed_dim, bias=False)
         self.attn = nn.MultiheadAttention(embed_dim, num_heads)
         self.ln_q = nn.LayerNorm(embed_dim, eps)
         self.ln_kv = nn.LayerNorm(embed_dim, eps)
@@ -114,8 +115,8 @@ class LocalCrossAttention(nn.Module):
         self.num_heads, self.separate, self.backend = num_heads, separate, backend
         self.window_sides = tuple(window_sides)
         joined_dim = query_dim + hidden_dim
-        self.proj_context = nn.Linear(context_dim, hidden_dim, bias=False)
-        self.proj_in = nn.Linear(joined_dim, hidden_dim, bias=False)
+        self.proj_context = Linear(context_dim, hidden_dim, bias=False)
+        self.proj_in = Linear(joined_dim, hidden_dim, bias=False)
         self.norm = nn.LayerNorm(hidden_dim)
         self.proj_out = _mlp(hidden_dim, hidden_dim, query_dim)
         self.pos_embed = nn.ParameterList(
@@ -209,7 +210,7 @@ class _WindowAttention(nn.Module):
         self.q_proj = _normed_linear(hidden_dim, hidden_dim)
         self.k_proj = nn.ModuleList(_normed_linear(dim, hidden_dim) for dim in map_dims)
         self.v_proj = nn.ModuleList(_normed_linear(dim, hidden_dim) for dim in map_dims)
-        self.o_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+        self.o_proj = Linear(hidden_dim, hidden_dim, bias=False)
 
     def forward(
         self,
@@ -229,12 +230,12 @@ class _WindowAttention(nn.Module):
 
 
 def _normed_linear(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, out_dim, bias=False))
+    return nn.Sequential(nn.LayerNorm(in_dim), Linear(in_dim, out_dim, bias=False))
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(in_dim, hidden_dim, bias=False), nn.GELU(), nn.Linear(hidden_dim, out_dim, bias=False)
+        Linear(in_dim, hidden_dim, bias=False), nn.GELU(), Linear(hidden_dim, out_dim, bias=False)
     )
 
 

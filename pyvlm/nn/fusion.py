@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyvlm.nn.linear import Linear
 from pyvlm.nn.projector import Projector, build_projector
 from pyvlm.nn.qformer import QFormerFusion
 from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
@@ -390,7 +391,7 @@ class PatchesToToken(nn.Module):
         self.patches, self.backend = tuple(patches), backend
         width = out_dim if hidden_dim is None else hidden_dim
         self.experts = nn.ModuleList(nn.Linear(m * c, width) for c, m in zip(channels, patches, strict=True))
-        self.shared = None if hidden_dim is None else nn.Linear(hidden_dim, out_dim)
+        self.shared = None if hidden_dim is None else Linear(hidden_dim, out_dim)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Projects one map [N, T_i, C_i] an expert to [N, ΣT_i/m_i, H]."""

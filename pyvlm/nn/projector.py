@@ -4,6 +4,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from pyvlm.nn.linear import Linear
+
 Projector = Literal["linear", "mlp2x_gelu", "prismatic", "gelu_linear"]
 
 
@@ -21,17 +23,17 @@ def build_projector(kind: str, in_size: int, out_size: int) -> nn.Module:
         ValueError: an unknown kind.
     """
     if kind == "linear":
-        return nn.Linear(in_size, out_size)
+        return Linear(in_size, out_size)
     if kind == "mlp2x_gelu":
-        return nn.Sequential(nn.Linear(in_size, out_size), nn.GELU(), nn.Linear(out_size, out_size))
+        return nn.Sequential(Linear(in_size, out_size), nn.GELU(), Linear(out_size, out_size))
     if kind == "prismatic":
         return nn.Sequential(
-            nn.Linear(in_size, 4 * in_size),
+            Linear(in_size, 4 * in_size),
             nn.GELU(),
-            nn.Linear(4 * in_size, out_size),
+            Linear(4 * in_size, out_size),
             nn.GELU(),
-            nn.Linear(out_size, out_size),
+            Linear(out_size, out_size),
         )
     if kind == "gelu_linear":
-        return nn.Sequential(nn.GELU(), nn.Linear(in_size, out_size))
+        return nn.Sequential(nn.GELU(), Linear(in_size, out_size))
     raise ValueError(f"projector {kind!r} is unknown; expected one of {', '.join(get_args(Projector))}")

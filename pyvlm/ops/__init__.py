@@ -3,6 +3,7 @@
 from pyvlm.ops.attention import span_attention
 from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
 from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
+from pyvlm.ops.linear import linear
 from pyvlm.ops.loss import linear_cross_entropy
 from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
 from pyvlm.ops.moe_experts import expert_mlp, soft_moe
@@ -33,6 +34,7 @@ __all__ = [
     "fuse_grids",
     "importance_loss",
     "letterbox_masks",
+    "linear",
     "linear_cross_entropy",
     "load_balancing_loss",
     "load_loss",

@@ -22,6 +22,10 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "place_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "add_at_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "local_cross_attention": {"native": ("cpu",), "triton": ("cuda",)},
+    "linear": {"native": ("cpu",)},
+    "fuse_grids": {"native": ("cpu", "cuda")},
+    "patches_to_token": {"native": ("cpu", "cuda")},
+    "resample": {"native": ("cpu", "cuda")},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

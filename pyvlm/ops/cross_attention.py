@@ -102,7 +102,8 @@ def resample(
     """One cross-attention of learned queries to a map, with positions on queries and keys but not on values.
 
     Source: "Qwen-VL" (arXiv 2308.12966), the position-aware adapter. `features` and `query` come normalised;
-    the query projection and the key position's share of the key projection are the same for every image.
+    the query projection is the same for every image, and made once. The native op is made of `linear` and
+    `span_attention` on CPU and of torch's own on CUDA.
 
     Args:
         features: [N, T, E].
@@ -125,8 +126,9 @@ def resample(
     shapes.sizes["3E"] = 3 * embed_dim
     shapes.check("in_proj_weight", in_proj_weight, ("3E", "E")).check("in_proj_bias", in_proj_bias, ("3E",))
     shapes.check("out_proj_weight", out_proj_weight, ("E", "E")).check("out_proj_bias", out_proj_bias, "E")
-    resolve("resample", backend, features.device)
-    return reference.resample(
+    native = resolve("resample", backend, features.device) == "native"
+    run = torch.ops.pyvlm.resample if native else reference.resample
+    y: Tensor = run(
         features,
         query,
         query_position,
@@ -137,6 +139,7 @@ def resample(
         in_proj_bias,
         out_proj_bias,
     )
+    return y
 
 
 def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:
@@ -175,10 +178,18 @@ def resize_positions(table: Tensor, grid: tuple[int, int], target: tuple[int, in
         )
     if grid == target:
         return table
-    maps = table.to(accumulator(table.dtype)).T.unflatten(1, grid)[None]
-    return (
-        F.interpolate(maps, size=target, mode="bicubic", align_corners=False)[0].flatten(1).T.to(table.dtype)
-    )
+    x = table.to(accumulator(table.dtype))
+    rows, columns = (_bicubic(a, b, x) for a, b in zip(grid, target, strict=True))
+    # Two small products: torch's kernel took a fifth of a bf16 resampler's time for 4,096 channels.
+    with torch.autocast(table.device.type, enabled=False):
+        by_row = (rows @ x.reshape(grid[0], -1)).view(target[0], grid[1], -1)
+        return (columns @ by_row).flatten(0, 1).to(table.dtype)
+
+
+def _bicubic(size: int, target: int, like: Tensor) -> Tensor:
+    """[target, size]: what each of `target` points takes from each of `size`."""
+    unit = torch.eye(size, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(unit, size=(target, size), mode="bicubic", align_corners=False)[0, 0]
 
 
 # The ops behind `local_cross_attention`: `csrc/bindings/cross_attention.cpp` has the schemas.

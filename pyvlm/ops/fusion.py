@@ -7,9 +7,12 @@ the argument. `backend` is "auto" or a name in `pyvlm.ops._backends`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from pyvlm import _native
 from pyvlm.ops._backends import resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import fusion as reference
@@ -67,7 +70,8 @@ def fuse_grids(
 
     The form of Eagle (arXiv 2408.15998; bilinear with `align_corners=True`), Prismatic (2402.07865),
     DeepSeek-VL (2403.05525) and ViP-LLaVA (2312.00784). A map that is on the target grid already passes
-    untouched. No antialiasing.
+    untouched. No antialiasing. The native op never makes the concatenation where there is a weight: each map
+    is projected by its own columns, before it is resized where it has fewer tokens than the target.
 
     Args:
         features: one map [N, h_i·w_i, C_i] an encoder.
@@ -106,8 +110,11 @@ def fuse_grids(
         shapes.forget("T", "C")
     shapes.sizes["C"] = channels
     shapes.check("weight", weight, "HC").check("bias", bias, "H")
-    resolve("fuse_grids", backend, features[0].device)
-    return reference.fuse_grids(features, grids, target, weight, bias, mode, align_corners)
+    if resolve("fuse_grids", backend, features[0].device) == "reference":
+        return reference.fuse_grids(features, grids, target, weight, bias, mode, align_corners)
+    sides = [side for grid in grids for side in grid]
+    y: Tensor = torch.ops.pyvlm.fuse_grids(features, sides, target, weight, bias, mode, align_corners)
+    return y
 
 
 def patches_to_token(
@@ -150,5 +157,133 @@ def patches_to_token(
         shapes.sizes["C"] = m * feature.shape[2]
         shapes.check(f"weights[{i}]", weight, "HC").forget("C")
         shapes.check(f"biases[{i}]", None if biases is None else biases[i], "H")
-    resolve(op, backend, features[0].device)
-    return reference.patches_to_token(features, weights, patches, biases)
+    if resolve(op, backend, features[0].device) == "reference":
+        return reference.patches_to_token(features, weights, patches, biases)
+    given = [None] * len(features) if biases is None else biases
+    present = [w.new_empty(0) if b is None else b for w, b in zip(weights, given, strict=True)]
+    y: Tensor = torch.ops.pyvlm.patches_to_token(features, weights, present, patches)
+    return y
+
+
+# ---- the torch side of fuse_grids and patches_to_token
+
+
+def _fake_fuse_grids(
+    features: list[Tensor],
+    grids: list[int],
+    target: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mode: str,
+    align_corners: bool,
+) -> Tensor:
+    width = sum(x.shape[2] for x in features) if weight is None else weight.shape[0]
+    return features[0].new_empty((features[0].shape[0], target[0] * target[1], width))
+
+
+def _fake_fuse_grids_backward(
+    grad_y: Tensor,
+    features: list[Tensor],
+    grids: list[int],
+    target: list[int],
+    weight: Tensor | None,
+    mode: str,
+    align_corners: bool,
+    needs: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    *needs_features, needs_weight, needs_bias = needs
+    return (
+        _fake_gradients(grad_y, features, needs_features),
+        grad_y.new_empty(weight.shape if needs_weight and weight is not None else 0),
+        grad_y.new_empty(grad_y.shape[-1:] if needs_bias else 0),
+    )
+
+
+def _fake_patches_to_token(
+    features: list[Tensor], weights: list[Tensor], biases: list[Tensor], patches: list[int]
+) -> Tensor:
+    tokens = sum(x.shape[1] // m for x, m in zip(features, patches, strict=True))
+    return features[0].new_empty((features[0].shape[0], tokens, weights[0].shape[0]))
+
+
+def _fake_patches_to_token_backward(
+    grad_y: Tensor, features: list[Tensor], weights: list[Tensor], patches: list[int], needs: list[bool]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    count = len(features)
+    return (
+        _fake_gradients(grad_y, features, needs[:count]),
+        _fake_gradients(grad_y, weights, needs[count : 2 * count]),
+        [grad_y.new_empty(grad_y.shape[-1:] if needed else 0) for needed in needs[2 * count :]],
+    )
+
+
+def _fake_gradients(grad_y: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [grad_y.new_empty(t.shape if needed else 0) for t, needed in zip(tensors, needs, strict=True)]
+
+
+def _keep_fuse_grids(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.grids, ctx.target, weight, _, ctx.mode, ctx.align_corners = inputs
+    if weight is None:  # the gradient of resizing needs the maps' shapes alone
+        ctx.shapes = [x.shape for x in features]
+    else:
+        ctx.save_for_backward(weight, *features)
+
+
+def _fuse_grids_gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    if ctx.saved_tensors:
+        weight, *features = ctx.saved_tensors
+    else:
+        weight, features = None, [grad_y.new_empty(()).expand(shape) for shape in ctx.shapes]
+    of_features, _, _, of_weight, of_bias, _, _ = ctx.needs_input_grad
+    needs = [*of_features, of_weight, of_bias]
+    options = (ctx.grids, ctx.target, weight, ctx.mode, ctx.align_corners, needs)
+    grads, grad_weight, grad_bias = torch.ops.pyvlm.fuse_grids_backward(grad_y, features, *options)
+    return (
+        _where_needed(grads, of_features),
+        None,
+        None,
+        grad_weight if of_weight else None,
+        grad_bias if of_bias else None,
+        None,
+        None,
+    )
+
+
+def _keep_patches_to_token(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weights, _, ctx.patches = inputs
+    ctx.count = len(features)
+    ctx.save_for_backward(*features, *weights)
+
+
+def _patches_to_token_gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    features, weights = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+    groups = ctx.needs_input_grad[:3]
+    needs = [needed for group in groups for needed in group]
+    found = torch.ops.pyvlm.patches_to_token_backward(grad_y, features, weights, ctx.patches, needs)
+    return *(_where_needed(grads, group) for grads, group in zip(found, groups, strict=True)), None
+
+
+def _where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "fuse_grids and patches_to_token have no second derivative but in their references: use "
+        'backend="reference"'
+    )
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.register_fake("pyvlm::fuse_grids", _fake_fuse_grids)
+    torch.library.register_fake("pyvlm::fuse_grids_backward", _fake_fuse_grids_backward)
+    torch.library.register_fake("pyvlm::patches_to_token", _fake_patches_to_token)
+    torch.library.register_fake("pyvlm::patches_to_token_backward", _fake_patches_to_token_backward)
+    torch.library.register_autograd(
+        "pyvlm::fuse_grids", _fuse_grids_gradients, setup_context=_keep_fuse_grids
+    )
+    torch.library.register_autograd(
+        "pyvlm::patches_to_token", _patches_to_token_gradients, setup_context=_keep_patches_to_token
+    )
+    for _op in ("fuse_grids_backward", "patches_to_token_backward"):
+        torch.library.register_autograd(f"pyvlm::{_op}", _refuse_second_derivative)

@@ -103,6 +103,9 @@ class TestEndToEnd:
             ("routing", ["one-group", "images"], 2),
             ("placement", ["merge", "pack-tiles", "merge-tiles", "deepstack"], 8),
             ("cross_attention", ["cambrian", "cambrian-letterbox"], 4),
+            ("linear", ["connector"], 2),
+            ("resample", ["qwen-vl-b4"], 2),
+            ("grids", ["eagle"], 2),
         ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
