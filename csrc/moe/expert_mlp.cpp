@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "common/arena.h"
+#include "common/make_empty.h"
 
 namespace pyvlm {
 namespace {
@@ -22,13 +22,6 @@ Activation parse_activation(std::string_view name) {
     }
   }
   TORCH_CHECK(false, "expert_mlp: activation '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");
-}
-
-// A tensor of its own, not yet written.
-at::Tensor make_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(sizes, options);
-  prefer_huge_pages(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
-  return t;
 }
 
 // The kernels index by these without looking again.
