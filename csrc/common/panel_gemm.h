@@ -92,11 +92,12 @@ Operand<typename Gemm::op_t> panel_of_rows(const Operand<typename Gemm::op_t>& s
 }
 
 // Sums of `panels` panels of A with `groups` resident groups of B: tiles [panel, group].
-// operand(scratch, i, k, count) is channels k to k + count of panel i, in scratch memory or elsewhere.
+// operand(scratch, i, k, count) is channels k to k + count of panel i, in scratch memory or elsewhere. With
+// `accumulate` the sums are added to.
 template <typename Gemm, typename Panel>
 void multiply_streamed_a(const PanelScratch<Gemm>& x, int64_t panels, int64_t groups, int64_t K,
                          const Operand<typename Gemm::op_t>& resident, int64_t group_size,
-                         const Panel& operand) {
+                         const Panel& operand, bool accumulate = false) {
   const Operand<typename Gemm::op_t> scratch{x.panel.data, Blocking<Gemm>::kStep, x.panel.plane};
   for_depth<Gemm>(x, K, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < panels; ++i) {
@@ -105,7 +106,7 @@ void multiply_streamed_a(const PanelScratch<Gemm>& x, int64_t panels, int64_t gr
         const auto panel = operand(scratch, i, k, count);
         for (int64_t g = 0; g < groups; ++g) {
           Gemm::multiply({kPanel, kGroup, count, panel, resident.from(g * group_size + k * kGroup),
-                          x.sum(i, g), kGroup, k > 0});
+                          x.sum(i, g), kGroup, accumulate || k > 0});
         }
       }
     }

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyvlm.nn.linear import Linear
 from pyvlm.nn.projector import Projector, build_projector
 from pyvlm.nn.qformer import QFormerFusion
-from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
+from pyvlm.ops.fusion import merge_levels
+from pyvlm.ops.grids import fuse_grids, patches_to_token
 
 Merge = Literal["layer_scale", "concat", "gated"]
 Method = Literal["channel_concat", "sequence", "qformer"]

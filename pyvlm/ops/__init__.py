@@ -2,7 +2,8 @@
 
 from pyvlm.ops.attention import span_attention
 from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
-from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
+from pyvlm.ops.fusion import merge_levels
+from pyvlm.ops.grids import fuse_grids, patches_to_token
 from pyvlm.ops.linear import linear
 from pyvlm.ops.loss import linear_cross_entropy
 from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice

@@ -1,8 +1,7 @@
-"""Fusion of several encoders, levels and grids into one token sequence: the public functions.
+"""Fusion of the levels of one encoder: the public function. `pyvlm.ops.grids` fuses several encoders.
 
-Shapes: N images · T tokens of a map, row-major, without CLS · C channels of a map · H output features. A grid
-is (rows, columns).
-Every function raises TypeError for a wrong dtype and ValueError for a wrong shape, device or option, naming
+Shapes: L levels · N images · T tokens of a map, without CLS · C channels of a map · H output features.
+Raises TypeError for a wrong dtype and ValueError for a wrong shape, device or option, naming
 the argument. `backend` is "auto" or a name in `pyvlm.ops._backends`.
 """
 
@@ -11,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.ops._backends import resolve
-from pyvlm.ops._checks import Shapes, as_grid, as_list
+from pyvlm.ops._checks import Shapes, as_list
 from pyvlm.reference import fusion as reference
-
-RESIZE_MODES = ("bilinear", "nearest", "area")
 
 
 def merge_levels(
@@ -36,7 +34,8 @@ def merge_levels(
     2310.08825).
 
     Args:
-        levels: L maps [N, T, C], as a sequence or stacked [L, N, T, C].
+        levels: L maps [N, T, C], as a sequence or stacked [L, N, T, C]. Views with the CLS token cut off are
+            read as they lie.
         alpha: [L], the weight of each level as it is used (a softmax over them is the caller's).
         weight, bias: [H, C] and [H], shared by all levels, or [L, H, C] and [L, H]; no bias where None.
         ln_weight, ln_bias: LayerNorm's γ and β, [C] or [L, C]; 1 and 0 where None.
@@ -52,238 +51,149 @@ def merge_levels(
     shapes.sizes["L"] = len(levels)
     shapes.check("alpha", alpha, "L").check("weight", weight, "HC", "LHC").check("bias", bias, "H", "LH")
     shapes.check("ln_weight", ln_weight, "C", "LC").check("ln_bias", ln_bias, "C", "LC")
-    resolve("merge_levels", backend, alpha.device)
-    return reference.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps)
-
-
-def fuse_grids(
-    features: Sequence[Tensor],
-    grids: Sequence[tuple[int, int]],
-    target: tuple[int, int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    mode: str = "bilinear",
-    align_corners: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """Brings maps of several encoders to one grid, concatenates their channels in order, and projects them.
-
-    The form of Eagle (arXiv 2408.15998; bilinear with `align_corners=True`), Prismatic (2402.07865),
-    DeepSeek-VL (2403.05525) and ViP-LLaVA (2312.00784). A map that is on the target grid already passes
-    untouched. No antialiasing. The native op never makes the concatenation where there is a weight: each map
-    is projected by its own columns, before it is resized where it has fewer tokens than the target.
-
-    Args:
-        features: one map [N, h_i·w_i, C_i] an encoder.
-        grids: (h_i, w_i) of each map.
-        target: (h, w) of the result.
-        weight, bias: [H, ΣC_i] and [H]; without a weight the concatenation itself is returned.
-        mode: "bilinear", "nearest" or "area".
-        align_corners: for "bilinear" only, as in `torch.nn.functional.interpolate`.
-
-    Returns:
-        [N, h·w, H], or [N, h·w, ΣC_i] without a weight.
-    """
-    features = as_list("fuse_grids", "features", features)
-    if len(grids) != len(features):
-        raise ValueError(f"fuse_grids: {len(features)} features but {len(grids)} grids; give one grid a map")
-    if mode not in RESIZE_MODES:
-        raise ValueError(
-            f"fuse_grids: mode={mode!r} is unknown; expected one of {', '.join(map(repr, RESIZE_MODES))}"
+    implementation = resolve("merge_levels", backend, alpha.device, alpha.dtype)
+    if implementation == "reference":
+        return reference.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps)
+    differentiable = (*levels, alpha, weight, bias, ln_weight, ln_bias)
+    keep_statistics = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    if implementation == "triton" and alpha.is_cpu:
+        out, _, _ = _InterpretedTriton.apply(
+            alpha, weight, bias, ln_weight, ln_bias, eps, keep_statistics, *levels
         )
-    if align_corners and mode != "bilinear":
-        raise ValueError(f'fuse_grids: align_corners=True needs mode="bilinear", not {mode!r}')
-    if bias is not None and weight is None:
-        raise ValueError("fuse_grids: a bias was given without a weight; give both or neither")
-    grids = [as_grid("fuse_grids", f"grids[{i}]", grid) for i, grid in enumerate(grids)]
-    target = as_grid("fuse_grids", "target", target)
-    shapes = Shapes("fuse_grids")
-    channels = 0
-    for i, (feature, grid) in enumerate(zip(features, grids, strict=True)):
-        shapes.check(f"features[{i}]", feature, "NTC")
-        if feature.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
-                f"fuse_grids: features[{i}] has {feature.shape[1]} tokens, but its grid {grid} has "
-                f"{grid[0] * grid[1]}; drop CLS and register tokens, or name the right grid"
-            )
-        channels += feature.shape[2]
-        shapes.forget("T", "C")
-    shapes.sizes["C"] = channels
-    shapes.check("weight", weight, "HC").check("bias", bias, "H")
-    if resolve("fuse_grids", backend, features[0].device) == "reference":
-        return reference.fuse_grids(features, grids, target, weight, bias, mode, align_corners)
-    sides = [side for grid in grids for side in grid]
-    y: Tensor = torch.ops.pyvlm.fuse_grids(features, sides, target, weight, bias, mode, align_corners)
-    return y
+        return out
+    out, _, _ = torch.ops.pyvlm.merge_levels(
+        levels, alpha, weight, bias, ln_weight, ln_bias, eps, keep_statistics
+    )
+    return out
 
 
-def patches_to_token(
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    patches: Sequence[int],
-    biases: Sequence[Tensor | None] | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Projects m consecutive patches of each expert to one token; the experts' tokens follow one another.
-
-    Source: "MouSi: Poly-Visual-Expert Vision-Language Models" (arXiv 2401.17221), MLP projection fusion. The
-    order of the experts is the order of `features`.
-
-    Args:
-        features: one map [N, T_i, C_i] an expert.
-        weights: [H, m_i·C_i] an expert; columns are patch by patch.
-        patches: m_i of each expert; it divides T_i.
-        biases: [H] or None an expert; none at all where None.
-
-    Returns:
-        [N, ΣT_i/m_i, H].
-    """
-    op = "patches_to_token"
-    features = as_list(op, "features", features)
-    for name, given in (("weights", weights), ("patches", patches), ("biases", biases)):
-        if given is not None and len(given) != len(features):
-            raise ValueError(
-                f"{op}: {len(features)} features but {len(given)} {name}, expected one an expert"
-            )
-    shapes = Shapes(op)
-    for i, (feature, weight, m) in enumerate(zip(features, weights, patches, strict=True)):
-        shapes.check(f"features[{i}]", feature, "NTC")
-        if m < 1 or feature.shape[1] % m:
-            raise ValueError(
-                f"{op}: patches[{i}] is {m}, which does not divide the {feature.shape[1]} tokens of "
-                f"features[{i}]"
-            )
-        shapes.forget("T", "C")
-        shapes.sizes["C"] = m * feature.shape[2]
-        shapes.check(f"weights[{i}]", weight, "HC").forget("C")
-        shapes.check(f"biases[{i}]", None if biases is None else biases[i], "H")
-    if resolve(op, backend, features[0].device) == "reference":
-        return reference.patches_to_token(features, weights, patches, biases)
-    given = [None] * len(features) if biases is None else biases
-    present = [w.new_empty(0) if b is None else b for w, b in zip(weights, given, strict=True)]
-    y: Tensor = torch.ops.pyvlm.patches_to_token(features, weights, present, patches)
-    return y
-
-
-# ---- the torch side of fuse_grids and patches_to_token
-
-
-def _fake_fuse_grids(
-    features: list[Tensor],
-    grids: list[int],
-    target: list[int],
-    weight: Tensor | None,
+def _fake_merge_levels(
+    levels: Sequence[Tensor],
+    alpha: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    mode: str,
-    align_corners: bool,
-) -> Tensor:
-    width = sum(x.shape[2] for x in features) if weight is None else weight.shape[0]
-    return features[0].new_empty((features[0].shape[0], target[0] * target[1], width))
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    keep_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, t, _ = levels[0].shape
+    dtype = reference.accumulator(levels[0].dtype)
+    statistics = (len(levels), n * t) if keep_statistics else (0,)
+    mean, rstd = (levels[0].new_empty(statistics, dtype=dtype) for _ in range(2))
+    return levels[0].new_empty(n, t, weight.shape[-2]), mean, rstd
 
 
-def _fake_fuse_grids_backward(
-    grad_y: Tensor,
-    features: list[Tensor],
-    grids: list[int],
-    target: list[int],
-    weight: Tensor | None,
-    mode: str,
-    align_corners: bool,
-    needs: list[bool],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    *needs_features, needs_weight, needs_bias = needs
-    return (
-        _fake_gradients(grad_y, features, needs_features),
-        grad_y.new_empty(weight.shape if needs_weight and weight is not None else 0),
-        grad_y.new_empty(grad_y.shape[-1:] if needs_bias else 0),
+def _fake_merge_levels_backward(
+    grad_out: Tensor,
+    levels: Sequence[Tensor],
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def grad(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None:
+            return levels[0].new_empty(0)
+        return like.new_empty(like.shape if needed else 0)
+
+    of_levels = [grad(level, True) for level in levels] if needs[0] else []
+    parameters = (alpha, weight, bias, ln_weight, ln_bias)
+    of_alpha, of_weight, of_bias, of_ln_weight, of_ln_bias = map(grad, parameters, needs[1:])
+    return of_levels, of_alpha, of_weight, of_bias, of_ln_weight, of_ln_bias
+
+
+def _merge_levels_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    levels, *parameters, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*levels, *parameters, mean, rstd)
+
+
+def _merge_levels_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return ([None] * len(ctx.needs_input_grad[0]), *[None] * 7)
+    *levels, alpha, weight, bias, ln_weight, ln_bias, mean, rstd = ctx.saved_tensors
+    needs = [any(ctx.needs_input_grad[0]), *ctx.needs_input_grad[1:6]]
+    parameters = (alpha, weight, bias, ln_weight, ln_bias)
+    of_levels, *found = torch.ops.pyvlm.merge_levels_backward(
+        grad_out, levels, *parameters, mean, rstd, needs
     )
-
-
-def _fake_patches_to_token(
-    features: list[Tensor], weights: list[Tensor], biases: list[Tensor], patches: list[int]
-) -> Tensor:
-    tokens = sum(x.shape[1] // m for x, m in zip(features, patches, strict=True))
-    return features[0].new_empty((features[0].shape[0], tokens, weights[0].shape[0]))
-
-
-def _fake_patches_to_token_backward(
-    grad_y: Tensor, features: list[Tensor], weights: list[Tensor], patches: list[int], needs: list[bool]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    count = len(features)
-    return (
-        _fake_gradients(grad_y, features, needs[:count]),
-        _fake_gradients(grad_y, weights, needs[count : 2 * count]),
-        [grad_y.new_empty(grad_y.shape[-1:] if needed else 0) for needed in needs[2 * count :]],
-    )
-
-
-def _fake_gradients(grad_y: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    return [grad_y.new_empty(t.shape if needed else 0) for t, needed in zip(tensors, needs, strict=True)]
-
-
-def _keep_fuse_grids(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.grids, ctx.target, weight, _, ctx.mode, ctx.align_corners = inputs
-    if weight is None:  # the gradient of resizing needs the maps' shapes alone
-        ctx.shapes = [x.shape for x in features]
-    else:
-        ctx.save_for_backward(weight, *features)
-
-
-def _fuse_grids_gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    if ctx.saved_tensors:
-        weight, *features = ctx.saved_tensors
-    else:
-        weight, features = None, [grad_y.new_empty(()).expand(shape) for shape in ctx.shapes]
-    of_features, _, _, of_weight, of_bias, _, _ = ctx.needs_input_grad
-    needs = [*of_features, of_weight, of_bias]
-    options = (ctx.grids, ctx.target, weight, ctx.mode, ctx.align_corners, needs)
-    grads, grad_weight, grad_bias = torch.ops.pyvlm.fuse_grids_backward(grad_y, features, *options)
-    return (
-        _where_needed(grads, of_features),
-        None,
-        None,
-        grad_weight if of_weight else None,
-        grad_bias if of_bias else None,
-        None,
-        None,
-    )
-
-
-def _keep_patches_to_token(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weights, _, ctx.patches = inputs
-    ctx.count = len(features)
-    ctx.save_for_backward(*features, *weights)
-
-
-def _patches_to_token_gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-    features, weights = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-    groups = ctx.needs_input_grad[:3]
-    needs = [needed for group in groups for needed in group]
-    found = torch.ops.pyvlm.patches_to_token_backward(grad_y, features, weights, ctx.patches, needs)
-    return *(_where_needed(grads, group) for grads, group in zip(found, groups, strict=True)), None
-
-
-def _where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    grads = [grad if needed else None for grad, needed in zip(found, needs[1:], strict=True)]
+    return (of_levels if needs[0] else [None] * len(levels), *grads, None, None)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "fuse_grids and patches_to_token have no second derivative but in their references: use "
-        'backend="reference"'
-    )
+    raise RuntimeError('merge_levels has no second derivative but in its reference: use backend="reference"')
+
+
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from pyvlm.triton_kernels import fusion  # not before it is needed: Triton takes a second to import
+
+    return fusion.merge_levels(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from pyvlm.triton_kernels import fusion
+
+    return fusion.merge_levels_backward(*args)
+
+
+class _InterpretedTriton(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones.
+
+    The levels come last: autograd sees no tensors in a list.
+    """
+
+    @staticmethod
+    def forward(
+        alpha: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ln_weight: Tensor | None,
+        ln_bias: Tensor | None,
+        eps: float,
+        keep_statistics: bool,
+        *levels: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _triton(levels, alpha, weight, bias, ln_weight, ln_bias, eps, keep_statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        parameters, levels, statistics = inputs[:5], inputs[7:], output[1:]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters, *statistics, *levels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        alpha, weight, bias, ln_weight, ln_bias, mean, rstd, *levels = ctx.saved_tensors
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = [any(ctx.needs_input_grad[7:]), *ctx.needs_input_grad[:5]]
+        of_levels, *grads = _triton_backward(
+            grad_out, levels, alpha, weight, bias, ln_weight, ln_bias, mean, rstd, needs
+        )
+        found = [grad if needed else None for grad, needed in zip(grads, needs[1:], strict=True)]
+        return (*found, None, None, *(of_levels or [None] * len(levels)))
 
 
 if _native.C is not None:  # it defines the schemas
-    torch.library.register_fake("pyvlm::fuse_grids", _fake_fuse_grids)
-    torch.library.register_fake("pyvlm::fuse_grids_backward", _fake_fuse_grids_backward)
-    torch.library.register_fake("pyvlm::patches_to_token", _fake_patches_to_token)
-    torch.library.register_fake("pyvlm::patches_to_token_backward", _fake_patches_to_token_backward)
+    torch.library.impl("pyvlm::merge_levels", "CUDA", _triton)
+    torch.library.impl("pyvlm::merge_levels_backward", "CUDA", _triton_backward)
+    torch.library.register_fake("pyvlm::merge_levels", _fake_merge_levels)
+    torch.library.register_fake("pyvlm::merge_levels_backward", _fake_merge_levels_backward)
     torch.library.register_autograd(
-        "pyvlm::fuse_grids", _fuse_grids_gradients, setup_context=_keep_fuse_grids
+        "pyvlm::merge_levels", _merge_levels_backward, setup_context=_merge_levels_setup_context
     )
-    torch.library.register_autograd(
-        "pyvlm::patches_to_token", _patches_to_token_gradients, setup_context=_keep_patches_to_token
-    )
-    for _op in ("fuse_grids_backward", "patches_to_token_backward"):
-        torch.library.register_autograd(f"pyvlm::{_op}", _refuse_second_derivative)
+    torch.library.register_autograd("pyvlm::merge_levels_backward", _refuse_second_derivative)

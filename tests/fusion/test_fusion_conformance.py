@@ -12,7 +12,7 @@ from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.fusion import FeatureFusion
 from pyvlm.nn.partial_lora import PartialLoRALinear
 from pyvlm.ops.cross_attention import resample, resize_positions, sincos_positions
-from pyvlm.ops.fusion import fuse_grids
+from pyvlm.ops.grids import fuse_grids
 from pyvlm.ops.placement import pack_image_tokens, place_image_tokens
 from pyvlm.ops.tiling import (
     anyres_grid,

@@ -17,7 +17,8 @@ from pyvlm.nn import (
     PatchesToToken,
     Resampler,
 )
-from pyvlm.ops.fusion import fuse_grids, merge_levels
+from pyvlm.ops.fusion import merge_levels
+from pyvlm.ops.grids import fuse_grids
 from pyvlm.reference.cross_attention import to_windows
 
 

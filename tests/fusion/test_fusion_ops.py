@@ -9,7 +9,8 @@ from tolerance import assert_close, assert_conforms
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pyvlm.ops.fusion import fuse_grids, merge_levels, patches_to_token
+from pyvlm.ops.fusion import merge_levels
+from pyvlm.ops.grids import fuse_grids, patches_to_token
 
 DTYPES = (torch.float32, torch.bfloat16)
 
