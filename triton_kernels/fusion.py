@@ -1,0 +1,308 @@
+"""Merging the levels of an encoder on NVIDIA GPUs: prepares tensors, chooses tiles and launches.
+
+Shapes: L levels, N images, T tokens, C channels, H output features, R = N·T rows.
+
+One projection for all levels comes out of their sum: a kernel reads each level once and writes one row of C
+channels a token, and cuBLAS multiplies that. Projections of their own need every level normalised: the same
+kernel writes a few levels side by side, [R, levels · C], and cuBLAS multiplies them by as many projections in
+one product, which sums over the levels in float32. A product that normalised while it loads would save that
+buffer's traffic, 4 bytes for every 2H floating-point operations (H = 1024: a third of the product's time at
+worst, and a few levels of some thousand rows stay in the L2 cache), but would do so again for every tile of
+columns, and without cuBLAS.
+
+In the backward, all that the parameters need of the rows is Σ dm ⊙ v̂_l, Σ dm and Σ grad_out; the rest are
+sums of some [L, C] numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from pyvlm.triton_kernels.common import DTYPES, capability, launch
+from pyvlm.triton_kernels.fusion_levels import merge_backward_kernel, merge_kernel, table_kernel
+from torch import Tensor
+
+MAX_CHANNELS = 32768  # a row of more does not fit the registers of a program
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a tile, and the warps that work on it."""
+
+    rows: int
+    warps: int
+    stages: int = 1  # the next level is loaded ahead by hand
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        forward, backward: their tiles.
+        programs: of the backward, at most so many a group.
+        levels: projections of their own are taken so many at once.
+    """
+
+    forward: Tiles
+    backward: Tiles
+    programs: int = 256  # two for each of the 132 to 148 multiprocessors of an H100, H200 or B200
+    levels: int = 8
+
+
+def default_config(channels: int, capability: tuple[int, int] | None) -> Config:
+    """The tiles for rows of some channels on a GPU of a compute capability (None: Triton's interpreter).
+
+    Chosen so that ahead-of-time compilation spills no registers (tests/fusion/fusion_triton_aot.json shows
+    what each takes): 32 values a thread forward, 16 backward, where more of them are held; not yet measured
+    on a GPU. Rows of a tile share the loads of γ and, backward, of the sums over rows.
+    """
+    columns = triton.next_power_of_2(max(channels, 1))
+    forward, backward = _tiles(columns, 4, 32), _tiles(columns, 16, 16)
+    return Config(forward, backward)
+
+
+def _tiles(columns: int, warps: int, values: int) -> Tiles:
+    """Tiles of so many values a thread, of more warps where a row alone has more."""
+    warps = min(max(warps, columns // (32 * values)), 32)
+    rows = min(max(warps * 32 * values // columns, 1), 64)
+    return Tiles(rows, warps)
+
+
+def merge_levels(
+    levels: Sequence[Tensor],
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    eps: float,
+    keep_statistics: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `pyvlm::merge_levels`, of arguments that `pyvlm.ops.merge_levels` has checked.
+
+    Args:
+        levels: L maps `[N, T, C]`, fp32, bf16 or fp16. Images and tokens may have any strides, and each level
+            its own; channels that are not contiguous are copied.
+        alpha: `[L]`.
+        weight, bias: `[H, C]` and `[H]`, or `[L, H, C]` and `[L, H]`.
+        ln_weight, ln_bias: `[C]` or `[L, C]`.
+        eps: of the norms.
+        keep_statistics: whether the backward will want the statistics.
+        config: other than the default one, for tests and measurements.
+
+    Returns:
+        `[N, T, H]`; mean and rstd, fp32 `[L, N·T]`, or two empty tensors.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have (float64).
+        ValueError: rows of more than MAX_CHANNELS channels.
+    """
+    p = _Problem(levels, alpha, weight, ln_weight, ln_bias, config)
+    statistics = (len(p.levels), p.rows) if keep_statistics else 0
+    mean, rstd = (alpha.new_empty(statistics, dtype=torch.float32) for _ in range(2))
+    out = alpha.new_zeros(p.features) if bias is None else p.summed(bias).to(alpha.dtype)
+    with torch.cuda.device_of(alpha):
+        tensors: dict[str, Any] = {"table": p.table(None), "mean": None, "rstd": None}
+        if keep_statistics:
+            tensors |= {"mean": mean, "rstd": rstd}
+        for first, depth, groups in p.chunks():
+            merged = alpha.new_empty((p.rows, groups, p.channels))
+            chunk = {"merged": merged, "first": first, "depth": depth, "eps": eps}
+            grid = triton.cdiv(p.rows, p.config.forward.rows)
+            p.launch(merge_kernel, (grid, groups), p.config.forward, tensors | chunk)
+            projection = p.weight[first : first + groups].transpose(0, 1).flatten(1)
+            out = torch.addmm(out, merged.flatten(1), projection.t())
+    return out.view(*levels[0].shape[:2], p.features), mean, rstd
+
+
+def merge_levels_backward(
+    grad_out: Tensor,
+    levels: Sequence[Tensor],
+    alpha: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+    config: Config | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op `pyvlm::merge_levels_backward`: gradients of `merge_levels` for a cotangent of its output.
+
+    The further arguments are those of the forward, and the statistics that it kept; bitwise deterministic.
+
+    Args:
+        needs: which are wanted of the gradients of the levels (all or none), alpha, weight, bias, ln_weight
+            and ln_bias; the others are empty.
+
+    Returns:
+        These gradients, the first of them a list.
+    """
+    p = _Problem(levels, alpha, weight, ln_weight, ln_bias, config)
+    wants_levels, wants_alpha, wants_weight, wants_bias, wants_ln_weight, wants_ln_bias = needs
+    nothing = alpha.new_empty(0)
+    grad_out = grad_out.reshape(p.rows, p.features)
+    grad_levels = [
+        v.new_empty(v.shape if wants_levels else 0) for v in levels
+    ]  # `new_empty`: contiguous, whatever the level's strides
+    grad_weight = torch.empty_like(p.weight) if wants_weight else nothing
+    wants_weight_sums = wants_alpha or wants_ln_weight
+    wants_bias_sums = wants_ln_bias or (wants_alpha and ln_bias is not None)
+    wants_grad_merged = wants_levels or wants_weight_sums or wants_bias_sums
+    tiles = p.config.backward
+    row_tiles = triton.cdiv(p.rows, tiles.rows)
+    tiles_each = triton.cdiv(row_tiles, p.config.programs)
+    programs = triton.cdiv(row_tiles, max(tiles_each, 1))
+    weight_sums, bias_sums = [], []
+    with torch.cuda.device_of(alpha):
+        tensors = {"table": p.table(grad_levels if wants_levels else None), "mean": mean, "rstd": rstd}
+        for first, depth, groups in p.chunks():
+            grad_merged = merged = weight_parts = bias_parts = None
+            if wants_grad_merged:
+                projections = p.weight[first : first + groups]
+                grad_merged = torch.bmm(grad_out.expand(groups, -1, -1), projections)
+            if wants_weight:
+                merged = alpha.new_empty((p.rows, groups, p.channels))
+            if wants_weight_sums:
+                weight_parts = mean.new_empty((programs, groups * depth, p.channels))
+            if wants_bias_sums:
+                bias_parts = mean.new_empty((programs, groups, p.channels))
+            if wants_grad_merged or wants_weight:
+                chunk = {
+                    "grad_merged": grad_merged,
+                    "merged": merged,
+                    "weight_parts": weight_parts,
+                    "bias_parts": bias_parts,
+                    "first": first,
+                    "depth": depth,
+                    "tiles": tiles_each,
+                    "GRAD_LEVELS": wants_levels,
+                }
+                p.launch(merge_backward_kernel, (programs, groups), tiles, tensors | chunk)
+            if merged is not None:
+                torch.bmm(
+                    grad_out.t().expand(groups, -1, -1),
+                    merged.transpose(0, 1),
+                    out=grad_weight[first : first + groups],
+                )
+            if weight_parts is not None:
+                weight_sums.append(weight_parts.sum(0))
+            if bias_parts is not None:
+                bias_sums.append(bias_parts.sum(0))
+    alpha_L1 = alpha.float()[:, None]
+    grad_alpha = alpha_L1.new_zeros(len(alpha))
+    grad_bias = grad_ln_weight = grad_ln_bias = nothing
+    if wants_weight_sums:
+        sums = torch.cat(weight_sums)
+        grad_alpha += (sums if ln_weight is None else sums * ln_weight.float()).sum(1)
+        grad_ln_weight = _like(alpha_L1 * sums, ln_weight) if wants_ln_weight else nothing
+    if wants_bias_sums:
+        sums = torch.cat(bias_sums)
+        grad_alpha += (sums * ln_bias.float()).sum(1)
+        grad_ln_bias = _like(alpha_L1 * sums, ln_bias) if wants_ln_bias else nothing
+    if wants_bias or (wants_alpha and bias is not None):
+        sums = grad_out.sum(0, dtype=torch.float32)
+        grad_alpha += (sums * bias.float()).sum(-1)
+        grad_bias = _like(alpha_L1 * sums, bias) if wants_bias else nothing
+    return (
+        grad_levels,
+        grad_alpha.to(alpha.dtype) if wants_alpha else nothing,
+        grad_weight.view(weight.shape) if wants_weight else nothing,
+        grad_bias,
+        grad_ln_weight,
+        grad_ln_bias,
+    )
+
+
+def _like(grad_of_levels: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient a level [L, ·] as that of a parameter, which the levels may share."""
+    shared = parameter.dim() == 1
+    return (grad_of_levels.sum(0) if shared else grad_of_levels).to(parameter.dtype)
+
+
+class _Problem:
+    """The inputs that forward and backward share, and what kernels are told about them."""
+
+    def __init__(
+        self,
+        levels: Sequence[Tensor],
+        alpha: Tensor,
+        weight: Tensor,
+        ln_weight: Tensor | None,
+        ln_bias: Tensor | None,
+        config: Config | None,
+    ) -> None:
+        if levels[0].dtype not in DTYPES:
+            raise TypeError(
+                f"the Triton kernels of merge_levels take {', '.join(map(str, DTYPES))}; the levels are "
+                f'{levels[0].dtype}: use backend="reference"'
+            )
+        images, self.tokens, self.channels = levels[0].shape
+        if self.channels > MAX_CHANNELS:
+            raise ValueError(
+                f"the Triton kernels of merge_levels take up to {MAX_CHANNELS} channels, and the levels have "
+                f'{self.channels}: use backend="reference"'
+            )
+        self.rows = images * self.tokens
+        self.levels = [v if v.stride(2) == 1 else v.contiguous() for v in levels]
+        self.alpha = alpha.contiguous()
+        self.shared = weight.dim() == 2
+        self.weight = weight[None] if self.shared else weight
+        self.features = weight.shape[-2]
+        self.config = config or default_config(self.channels, capability(alpha.device))
+        self.vector = _vector(self.levels)
+        beta = None
+        if ln_bias is not None:
+            beta = self.summed(ln_bias)[None] if self.shared else self.alpha[:, None].float() * ln_bias
+        per_level = ln_weight is not None and ln_weight.dim() == 2
+        self.common: dict[str, Any] = {
+            "alpha": self.alpha,
+            "ln_weight": None if ln_weight is None else ln_weight.contiguous(),
+            "beta": beta,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "SIZE_C": self.channels,
+            "LN_STRIDE": self.channels if per_level else 0,
+            "VECTOR": self.vector,
+            "BLOCK_C": triton.next_power_of_2(max(self.channels, 1)),
+        }
+
+    def summed(self, parameter: Tensor) -> Tensor:
+        """Σ_l α_l of a parameter [·] or [L, ·], in float32."""
+        return (self.alpha.float()[:, None] * parameter.float()).sum(0)
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """What is worked on at once: a first level, the levels of a group, and groups."""
+        if self.shared:
+            yield 0, len(self.levels), 1
+            return
+        for first in range(0, len(self.levels), self.config.levels):
+            yield first, 1, min(self.config.levels, len(self.levels) - first)
+
+    def table(self, grads: Sequence[Tensor] | None) -> Tensor:
+        """Where the kernels find the levels, and the gradients to write; see `fusion_levels`."""
+        entries: list[int] = []
+        for i, v in enumerate(self.levels):
+            strides = [stride // self.vector for stride in v.stride()[:2]]
+            entries += [v.data_ptr(), *strides, 0 if grads is None else grads[i].data_ptr()]
+        table = self.alpha.new_empty(len(entries), dtype=torch.int64)
+        launch(table_kernel, (1,), Tiles(1, 1), {"entries": tuple(entries), "table": table})
+        return table
+
+    def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles, arguments: dict[str, Any]) -> None:
+        if self.channels > 0:
+            launch(kernel, grid, tiles, self.common | {"BLOCK_R": tiles.rows} | arguments)
+
+
+def _vector(levels: Sequence[Tensor]) -> int:
+    """How many elements all addresses and strides are multiples of: a power of two, at most 16 bytes."""
+    size = levels[0].element_size()
+    vector = 16 // size
+    while any(v.data_ptr() % (vector * size) or any(s % vector for s in v.stride()[:2]) for v in levels):
+        vector //= 2
+    return vector
