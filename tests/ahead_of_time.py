@@ -31,6 +31,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.uint8: "u8",
 }
 SCALARS = {"int32": "i32", "int64": "i64", "float32": "fp32"}
@@ -99,6 +100,9 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + TYPES[value.dtype]
             alignments[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):  # of numbers
+            assert parameter.do_not_specialize, name
+            types[name] = ("i64",) * len(value)
         else:
             assert parameter.do_not_specialize, name
             types[name] = SCALARS.get(parameter.annotation, parameter.annotation)
@@ -193,7 +197,7 @@ def check_no_number_is_specialised(launches: list[Launch]) -> None:
     for launch in launches:
         types, constants, alignments = signature(launch)  # it asserts that numbers are left alone
         for index, parameter in enumerate(launch.kernel.params):
-            is_pointer = types[parameter.name].startswith("*")
+            is_pointer = str(types[parameter.name]).startswith("*")
             assert ((index,) in alignments) == is_pointer
             assert is_pointer or parameter.name in constants or parameter.do_not_specialize
 

@@ -4,11 +4,11 @@ Shapes: L levels, N images, T tokens, C channels, H output features, R = N·T ro
 
 One projection for all levels comes out of their sum: a kernel reads each level once and writes one row of C
 channels a token, and cuBLAS multiplies that. Projections of their own need every level normalised: the same
-kernel writes a few levels side by side, [R, levels · C], and cuBLAS multiplies them by as many projections in
-one product, which sums over the levels in float32. A product that normalised while it loads would save that
-buffer's traffic, 4 bytes for every 2H floating-point operations (H = 1024: a third of the product's time at
-worst, and a few levels of some thousand rows stay in the L2 cache), but would do so again for every tile of
-columns, and without cuBLAS.
+kernel writes a few levels side by side, [R, levels · C], and cuBLAS multiplies them by as many projections,
+copied next to each other, in one product, which sums over the levels in float32. A product that normalised
+while it loads would save that buffer's traffic, 4 bytes for every 2H floating-point operations (a third of
+the product's time where H = 1024, less where a few levels fit the L2 cache), but would do so again for every
+tile of columns, and without cuBLAS.
 
 In the backward, all that the parameters need of the rows is Σ dm ⊙ v̂_l, Σ dm and Σ grad_out; the rest are
 sums of some [L, C] numbers.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from pyvlm.triton_kernels.common import DTYPES, capability, launch
+from pyvlm.triton_kernels.common import DTYPES, launch
 from pyvlm.triton_kernels.fusion_levels import merge_backward_kernel, merge_kernel, table_kernel
 from torch import Tensor
 
@@ -42,26 +42,28 @@ class Config:
 
     Attributes:
         forward, backward: their tiles.
-        programs: of the backward, at most so many a group.
+        programs: of the backward, at most so many a group. Each leaves a row of its own for every sum.
         levels: projections of their own are taken so many at once.
     """
 
     forward: Tiles
     backward: Tiles
-    programs: int = 256  # two for each of the 132 to 148 multiprocessors of an H100, H200 or B200
+    programs: int
     levels: int = 8
 
 
-def default_config(channels: int, capability: tuple[int, int] | None) -> Config:
-    """The tiles for rows of some channels on a GPU of a compute capability (None: Triton's interpreter).
+def default_config(channels: int, sums_of_levels: bool) -> Config:
+    """The tiles for rows of some channels; whether the backward has sums over rows to keep for each level.
 
     Chosen so that ahead-of-time compilation spills no registers (tests/fusion/fusion_triton_aot.json shows
-    what each takes): 32 values a thread forward, 16 backward, where more of them are held; not yet measured
-    on a GPU. Rows of a tile share the loads of γ and, backward, of the sums over rows.
+    what each takes), and to take few instructions: 9 a value forward and 15 backward with 1,024 channels in
+    bfloat16, where an H200 has time for 12 and 25 while it reads and writes; not yet measured on a GPU.
+    A warp or two to a row keep sums over a row among few threads. Sums of levels are read and written once a
+    tile: then more rows share that, and fewer programs leave the sums in the L2 cache.
     """
     columns = triton.next_power_of_2(max(channels, 1))
-    forward, backward = _tiles(columns, 4, 32), _tiles(columns, 16, 16)
-    return Config(forward, backward)
+    backward = _tiles(columns, 4, 32) if sums_of_levels else _tiles(columns, 2, 16)
+    return Config(_tiles(columns, 1, 32), backward, programs=256 if sums_of_levels else 1024)
 
 
 def _tiles(columns: int, warps: int, values: int) -> Tiles:
@@ -106,14 +108,14 @@ def merge_levels(
     mean, rstd = (alpha.new_empty(statistics, dtype=torch.float32) for _ in range(2))
     out = alpha.new_zeros(p.features) if bias is None else p.summed(bias).to(alpha.dtype)
     with torch.cuda.device_of(alpha):
-        tensors: dict[str, Any] = {"table": p.table(None), "mean": None, "rstd": None}
+        tensors: dict[str, Any] = {"table": p.table([]), "mean": None, "rstd": None}
         if keep_statistics:
             tensors |= {"mean": mean, "rstd": rstd}
         for first, depth, groups in p.chunks():
             merged = alpha.new_empty((p.rows, groups, p.channels))
             chunk = {"merged": merged, "first": first, "depth": depth, "eps": eps}
-            grid = triton.cdiv(p.rows, p.config.forward.rows)
-            p.launch(merge_kernel, (grid, groups), p.config.forward, tensors | chunk)
+            grid = (p.row_tiles(p.config.forward), groups)
+            p.launch(merge_kernel, grid, p.config.forward, tensors | chunk)
             projection = p.weight[first : first + groups].transpose(0, 1).flatten(1)
             out = torch.addmm(out, merged.flatten(1), projection.t())
     return out.view(*levels[0].shape[:2], p.features), mean, rstd
@@ -138,44 +140,45 @@ def merge_levels_backward(
 
     Args:
         needs: which are wanted of the gradients of the levels (all or none), alpha, weight, bias, ln_weight
-            and ln_bias; the others are empty.
+            and ln_bias; the others are empty, and cost nothing.
 
     Returns:
-        These gradients, the first of them a list.
+        These gradients, the first of them a list, and contiguous.
     """
     p = _Problem(levels, alpha, weight, ln_weight, ln_bias, config)
     wants_levels, wants_alpha, wants_weight, wants_bias, wants_ln_weight, wants_ln_bias = needs
     nothing = alpha.new_empty(0)
     grad_out = grad_out.reshape(p.rows, p.features)
-    grad_levels = [
-        v.new_empty(v.shape if wants_levels else 0) for v in levels
-    ]  # `new_empty`: contiguous, whatever the level's strides
+    grad_levels = [v.new_empty(v.shape) for v in levels] if wants_levels else []
     grad_weight = torch.empty_like(p.weight) if wants_weight else nothing
-    wants_weight_sums = wants_alpha or wants_ln_weight
     wants_bias_sums = wants_ln_bias or (wants_alpha and ln_bias is not None)
-    wants_grad_merged = wants_levels or wants_weight_sums or wants_bias_sums
+    wants_grad_merged = wants_levels or wants_alpha or wants_ln_weight or wants_ln_bias
     tiles = p.config.backward
-    row_tiles = triton.cdiv(p.rows, tiles.rows)
+    row_tiles = p.row_tiles(tiles)
     tiles_each = triton.cdiv(row_tiles, p.config.programs)
     programs = triton.cdiv(row_tiles, max(tiles_each, 1))
-    weight_sums, bias_sums = [], []
+    alpha_sums, weight_sums, bias_sums = [], [], []
     with torch.cuda.device_of(alpha):
-        tensors = {"table": p.table(grad_levels if wants_levels else None), "mean": mean, "rstd": rstd}
+        tensors = {"table": p.table(grad_levels), "mean": mean, "rstd": rstd}
         for first, depth, groups in p.chunks():
-            grad_merged = merged = weight_parts = bias_parts = None
+            grad_merged = merged = alpha_parts = weight_parts = bias_parts = None
             if wants_grad_merged:
                 projections = p.weight[first : first + groups]
                 grad_merged = torch.bmm(grad_out.expand(groups, -1, -1), projections)
             if wants_weight:
                 merged = alpha.new_empty((p.rows, groups, p.channels))
-            if wants_weight_sums:
-                weight_parts = mean.new_empty((programs, groups * depth, p.channels))
+            if wants_alpha:
+                alpha_parts = mean.new_empty((programs, groups * depth))
+            if wants_ln_weight:
+                count = depth if p.common["ln_weights"] is not None else groups
+                weight_parts = mean.new_empty((programs, count, p.channels))
             if wants_bias_sums:
                 bias_parts = mean.new_empty((programs, groups, p.channels))
             if wants_grad_merged or wants_weight:
                 chunk = {
                     "grad_merged": grad_merged,
                     "merged": merged,
+                    "alpha_parts": alpha_parts,
                     "weight_parts": weight_parts,
                     "bias_parts": bias_parts,
                     "first": first,
@@ -185,33 +188,33 @@ def merge_levels_backward(
                 }
                 p.launch(merge_backward_kernel, (programs, groups), tiles, tensors | chunk)
             if merged is not None:
-                torch.bmm(
-                    grad_out.t().expand(groups, -1, -1),
-                    merged.transpose(0, 1),
-                    out=grad_weight[first : first + groups],
-                )
-            if weight_parts is not None:
-                weight_sums.append(weight_parts.sum(0))
-            if bias_parts is not None:
-                bias_sums.append(bias_parts.sum(0))
-    alpha_L1 = alpha.float()[:, None]
-    grad_alpha = alpha_L1.new_zeros(len(alpha))
+                product = grad_weight[first : first + groups]
+                torch.bmm(grad_out.t().expand(groups, -1, -1), merged.transpose(0, 1), out=product)
+            for sums, parts in (
+                (alpha_sums, alpha_parts),
+                (weight_sums, weight_parts),
+                (bias_sums, bias_parts),
+            ):
+                if parts is not None:
+                    sums.append(parts.sum(0))
+    grad_alpha = torch.cat(alpha_sums) if wants_alpha else nothing
     grad_bias = grad_ln_weight = grad_ln_bias = nothing
-    if wants_weight_sums:
-        sums = torch.cat(weight_sums)
-        grad_alpha += (sums if ln_weight is None else sums * ln_weight.float()).sum(1)
-        grad_ln_weight = _like(alpha_L1 * sums, ln_weight) if wants_ln_weight else nothing
+    alpha_L1 = alpha.float()[:, None]
+    if wants_ln_weight:
+        grad_ln_weight = _like(torch.cat(weight_sums), ln_weight)
     if wants_bias_sums:
         sums = torch.cat(bias_sums)
-        grad_alpha += (sums * ln_bias.float()).sum(1)
+        if wants_alpha:
+            grad_alpha += (sums * ln_bias.float()).sum(1)
         grad_ln_bias = _like(alpha_L1 * sums, ln_bias) if wants_ln_bias else nothing
     if wants_bias or (wants_alpha and bias is not None):
         sums = grad_out.sum(0, dtype=torch.float32)
-        grad_alpha += (sums * bias.float()).sum(-1)
+        if wants_alpha:
+            grad_alpha += (sums * bias.float()).sum(-1)
         grad_bias = _like(alpha_L1 * sums, bias) if wants_bias else nothing
     return (
         grad_levels,
-        grad_alpha.to(alpha.dtype) if wants_alpha else nothing,
+        grad_alpha.to(alpha.dtype),
         grad_weight.view(weight.shape) if wants_weight else nothing,
         grad_bias,
         grad_ln_weight,
@@ -242,6 +245,12 @@ class _Problem:
                 f"the Triton kernels of merge_levels take {', '.join(map(str, DTYPES))}; the levels are "
                 f'{levels[0].dtype}: use backend="reference"'
             )
+        if any((v.shape, v.dtype, v.device) != (levels[0].shape, alpha.dtype, alpha.device) for v in levels):
+            raise ValueError(
+                "the Triton kernels of merge_levels take levels of one shape, and of the dtype and device of "
+                f"alpha, {alpha.dtype} on {alpha.device}; got "
+                + ", ".join(f"{list(v.shape)} {v.dtype} on {v.device}" for v in levels)
+            )
         images, self.tokens, self.channels = levels[0].shape
         if self.channels > MAX_CHANNELS:
             raise ValueError(
@@ -254,21 +263,24 @@ class _Problem:
         self.shared = weight.dim() == 2
         self.weight = weight[None] if self.shared else weight
         self.features = weight.shape[-2]
-        self.config = config or default_config(self.channels, capability(alpha.device))
         self.vector = _vector(self.levels)
         beta = None
         if ln_bias is not None:
             beta = self.summed(ln_bias)[None] if self.shared else self.alpha[:, None].float() * ln_bias
-        per_level = ln_weight is not None and ln_weight.dim() == 2
+        gamma = None if ln_weight is None else ln_weight.contiguous()
+        levels_have_gamma = gamma is not None and gamma.dim() == 2
+        within_group = levels_have_gamma and self.shared
+        self.config = config or default_config(self.channels, within_group)
         self.common: dict[str, Any] = {
             "alpha": self.alpha,
-            "ln_weight": None if ln_weight is None else ln_weight.contiguous(),
+            "ln_weight": None if within_group else gamma,
+            "ln_weights": gamma if within_group else None,
             "beta": beta,
             "rows": self.rows,
             "tokens": self.tokens,
             "SIZE_C": self.channels,
-            "LN_STRIDE": self.channels if per_level else 0,
             "VECTOR": self.vector,
+            "GROUPS_HAVE_GAMMA": levels_have_gamma and not self.shared,
             "BLOCK_C": triton.next_power_of_2(max(self.channels, 1)),
         }
 
@@ -284,19 +296,23 @@ class _Problem:
         for first in range(0, len(self.levels), self.config.levels):
             yield first, 1, min(self.config.levels, len(self.levels) - first)
 
-    def table(self, grads: Sequence[Tensor] | None) -> Tensor:
+    def row_tiles(self, tiles: Tiles) -> int:
+        """How many tiles there are of rows; none where these hold nothing."""
+        return triton.cdiv(self.rows, tiles.rows) if self.channels else 0
+
+    def table(self, grads: Sequence[Tensor]) -> Tensor:
         """Where the kernels find the levels, and the gradients to write; see `fusion_levels`."""
         entries: list[int] = []
         for i, v in enumerate(self.levels):
             strides = [stride // self.vector for stride in v.stride()[:2]]
-            entries += [v.data_ptr(), *strides, 0 if grads is None else grads[i].data_ptr()]
+            entries += [v.data_ptr(), *strides, grads[i].data_ptr() if grads else 0]
         table = self.alpha.new_empty(len(entries), dtype=torch.int64)
-        launch(table_kernel, (1,), Tiles(1, 1), {"entries": tuple(entries), "table": table})
+        arguments = {"entries": tuple(2 * entry + 3 for entry in entries), "table": table}
+        launch(table_kernel, (1,), Tiles(1, 1), arguments)
         return table
 
     def launch(self, kernel: Any, grid: tuple[int, int], tiles: Tiles, arguments: dict[str, Any]) -> None:
-        if self.channels > 0:
-            launch(kernel, grid, tiles, self.common | {"BLOCK_R": tiles.rows} | arguments)
+        launch(kernel, grid, tiles, self.common | {"BLOCK_R": tiles.rows} | arguments)
 
 
 def _vector(levels: Sequence[Tensor]) -> int:

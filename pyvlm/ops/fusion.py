@@ -7,8 +7,11 @@ the argument. `backend` is "auto" or a name in `pyvlm.ops._backends`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm.ops._backends import resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
@@ -49,8 +52,15 @@ def merge_levels(
     shapes.sizes["L"] = len(levels)
     shapes.check("alpha", alpha, "L").check("weight", weight, "HC", "LHC").check("bias", bias, "H", "LH")
     shapes.check("ln_weight", ln_weight, "C", "LC").check("ln_bias", ln_bias, "C", "LC")
-    resolve("merge_levels", backend, alpha.device)
-    return reference.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps)
+    implementation = resolve("merge_levels", backend, alpha.device)
+    if implementation == "reference":
+        return reference.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps)
+    parameters = (alpha, weight, bias, ln_weight, ln_bias)
+    keep_statistics = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*levels, *parameters)
+    )
+    out, _, _ = _Triton.apply(*parameters, eps, keep_statistics, *levels)
+    return out
 
 
 def fuse_grids(
@@ -152,3 +162,44 @@ def patches_to_token(
         shapes.check(f"biases[{i}]", None if biases is None else biases[i], "H")
     resolve(op, backend, features[0].device)
     return reference.patches_to_token(features, weights, patches, biases)
+
+
+class _Triton(torch.autograd.Function):
+    """`merge_levels` by the Triton kernels; the levels come last, since a list of them would not be seen."""
+
+    @staticmethod
+    def forward(
+        alpha: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ln_weight: Tensor | None,
+        ln_bias: Tensor | None,
+        eps: float,
+        keep_statistics: bool,
+        *levels: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from pyvlm.triton_kernels import fusion  # not before it is needed: Triton takes a second to import
+
+        return fusion.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps, keep_statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        parameters, levels, statistics = inputs[:5], inputs[7:], output[1:]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters, *statistics, *levels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        from pyvlm.triton_kernels import fusion
+
+        alpha, weight, bias, ln_weight, ln_bias, mean, rstd, *levels = ctx.saved_tensors
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = [any(ctx.needs_input_grad[7:]), *ctx.needs_input_grad[:5]]
+        of_levels, *grads = fusion.merge_levels_backward(
+            grad_out, levels, alpha, weight, bias, ln_weight, ln_bias, mean, rstd, needs
+        )
+        found = [grad if needed else None for grad, needed in zip(grads, needs[1:], strict=True)]
+        return (*found, None, None, *(of_levels or [None] * len(levels)))
