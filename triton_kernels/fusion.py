@@ -147,79 +147,83 @@ def merge_levels_backward(
     """
     p = _Problem(levels, alpha, weight, ln_weight, ln_bias, config)
     wants_levels, wants_alpha, wants_weight, wants_bias, wants_ln_weight, wants_ln_bias = needs
-    nothing = alpha.new_empty(0)
     grad_out = grad_out.reshape(p.rows, p.features)
     grad_levels = [v.new_empty(v.shape) for v in levels] if wants_levels else []
-    grad_weight = torch.empty_like(p.weight) if wants_weight else nothing
+    grad_weight = weight.new_empty(weight.shape if wants_weight else 0)
     wants_bias_sums = wants_ln_bias or (wants_alpha and ln_bias is not None)
-    wants_grad_merged = wants_levels or wants_alpha or wants_ln_weight or wants_ln_bias
+    wanted = (wants_alpha, wants_ln_weight, wants_bias_sums)
+    alpha_sums = weight_sums = bias_sums = alpha.new_empty(0, dtype=torch.float32)
+    if wants_levels or wants_weight or any(wanted):
+        statistics = {"mean": mean, "rstd": rstd}
+        alpha_sums, weight_sums, bias_sums = _sums_over_rows(
+            p, grad_out, statistics, grad_levels, grad_weight if wants_weight else None, wanted
+        )
+    grad_alpha, alpha_L1 = alpha_sums, alpha.float()[:, None]
+    grad_bias = grad_ln_weight = grad_ln_bias = alpha.new_empty(0)
+    if wants_ln_weight:
+        grad_ln_weight = _like(weight_sums, ln_weight)
+    if wants_ln_bias:
+        grad_ln_bias = _like(alpha_L1 * bias_sums, ln_bias)
+    if wants_alpha and ln_bias is not None:
+        grad_alpha = grad_alpha + (bias_sums * ln_bias.float()).sum(1)
+    if wants_bias or (wants_alpha and bias is not None):
+        out_sums = grad_out.sum(0, dtype=torch.float32)
+        if wants_alpha:
+            grad_alpha = grad_alpha + (out_sums * bias.float()).sum(-1)
+        if wants_bias:
+            grad_bias = _like(alpha_L1 * out_sums, bias)
+    return grad_levels, grad_alpha.to(alpha.dtype), grad_weight, grad_bias, grad_ln_weight, grad_ln_bias
+
+
+def _sums_over_rows(
+    p: "_Problem",
+    grad_out: Tensor,
+    statistics: dict[str, Tensor],
+    grad_levels: Sequence[Tensor],
+    grad_weight: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """Writes the gradients of the levels and of the projections, where there are any, and returns those of
+    three sums over rows that are wanted, in float32: Σ dm · γ_l v̂_l `[L]`, Σ dm ⊙ Σ_l α_l v̂_l, and Σ dm,
+    `[1, C]` or, of each projection, `[L, C]`; the second of each level too, where each has its γ.
+    """
     tiles = p.config.backward
     row_tiles = p.row_tiles(tiles)
     tiles_each = triton.cdiv(row_tiles, p.config.programs)
     programs = triton.cdiv(row_tiles, max(tiles_each, 1))
-    alpha_sums, weight_sums, bias_sums = [], [], []
-    with torch.cuda.device_of(alpha):
-        tensors = {"table": p.table(grad_levels), "mean": mean, "rstd": rstd}
+    sums: tuple[list[Tensor], ...] = ([], [], [])
+    with torch.cuda.device_of(grad_out):
+        table = p.table(grad_levels)
         for first, depth, groups in p.chunks():
-            grad_merged = merged = alpha_parts = weight_parts = bias_parts = None
-            if wants_grad_merged:
-                projections = p.weight[first : first + groups]
-                grad_merged = torch.bmm(grad_out.expand(groups, -1, -1), projections)
-            if wants_weight:
-                merged = alpha.new_empty((p.rows, groups, p.channels))
-            if wants_alpha:
-                alpha_parts = mean.new_empty((programs, groups * depth))
-            if wants_ln_weight:
-                count = depth if p.common["ln_weights"] is not None else groups
-                weight_parts = mean.new_empty((programs, count, p.channels))
-            if wants_bias_sums:
-                bias_parts = mean.new_empty((programs, groups, p.channels))
-            if wants_grad_merged or wants_weight:
-                chunk = {
-                    "grad_merged": grad_merged,
-                    "merged": merged,
-                    "alpha_parts": alpha_parts,
-                    "weight_parts": weight_parts,
-                    "bias_parts": bias_parts,
-                    "first": first,
-                    "depth": depth,
-                    "tiles": tiles_each,
-                    "GRAD_LEVELS": wants_levels,
-                }
-                p.launch(merge_backward_kernel, (programs, groups), tiles, tensors | chunk)
+            grad_merged = merged = None
+            if grad_levels or any(wanted):
+                grad_merged = torch.bmm(grad_out.expand(groups, -1, -1), p.weight[first : first + groups])
+            if grad_weight is not None:
+                merged = grad_out.new_empty((p.rows, groups, p.channels))
+            rows_of_gamma = depth if p.common["ln_weights"] is not None else groups
+            shapes = ((groups * depth,), (rows_of_gamma, p.channels), (groups, p.channels))
+            parts = [
+                grad_out.new_empty((programs, *shape), dtype=torch.float32) if wants else None
+                for wants, shape in zip(wanted, shapes, strict=True)
+            ]
+            arguments = {
+                "table": table,
+                "grad_merged": grad_merged,
+                "merged": merged,
+                **dict(zip(("alpha_parts", "weight_parts", "bias_parts"), parts, strict=True)),
+                "first": first,
+                "depth": depth,
+                "tiles": tiles_each,
+                "GRAD_LEVELS": len(grad_levels) > 0,
+            }
+            p.launch(merge_backward_kernel, (programs, groups), tiles, statistics | arguments)
             if merged is not None:
-                product = grad_weight[first : first + groups]
+                product = grad_weight.view(p.weight.shape)[first : first + groups]
                 torch.bmm(grad_out.t().expand(groups, -1, -1), merged.transpose(0, 1), out=product)
-            for sums, parts in (
-                (alpha_sums, alpha_parts),
-                (weight_sums, weight_parts),
-                (bias_sums, bias_parts),
-            ):
-                if parts is not None:
-                    sums.append(parts.sum(0))
-    grad_alpha = torch.cat(alpha_sums) if wants_alpha else nothing
-    grad_bias = grad_ln_weight = grad_ln_bias = nothing
-    alpha_L1 = alpha.float()[:, None]
-    if wants_ln_weight:
-        grad_ln_weight = _like(torch.cat(weight_sums), ln_weight)
-    if wants_bias_sums:
-        sums = torch.cat(bias_sums)
-        if wants_alpha:
-            grad_alpha += (sums * ln_bias.float()).sum(1)
-        grad_ln_bias = _like(alpha_L1 * sums, ln_bias) if wants_ln_bias else nothing
-    if wants_bias or (wants_alpha and bias is not None):
-        sums = grad_out.sum(0, dtype=torch.float32)
-        if wants_alpha:
-            grad_alpha += (sums * bias.float()).sum(-1)
-        grad_bias = _like(alpha_L1 * sums, bias) if wants_bias else nothing
-    return (
-        grad_levels,
-        grad_alpha.to(alpha.dtype),
-        grad_weight.view(weight.shape) if wants_weight else nothing,
-        grad_bias,
-        grad_ln_weight,
-        grad_ln_bias,
-    )
+            for found, part in zip(sums, parts, strict=True):
+                if part is not None:
+                    found.append(part.sum(0))
+    return tuple(torch.cat(found) if found else grad_out.new_empty(0) for found in sums)
 
 
 def _like(grad_of_levels: Tensor, parameter: Tensor) -> Tensor:
