@@ -91,7 +91,7 @@ def signature(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Types, constants and alignments, as Triton sees the arguments: no number is a constant or aligned.
 
-    Except in a tuple: there the numbers are strides, and Triton looks at them.
+    Except in a tuple of tensors and strides: there Triton looks at them.
     """
     types, constants, alignments = {}, {}, {}
     for parameter in launch.kernel.params:
@@ -105,6 +105,8 @@ def signature(
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + TYPES[value.dtype]
             alignments[(parameter.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple) and parameter.do_not_specialize:  # of numbers
+            types[name] = ("i64",) * len(value)
         elif isinstance(value, tuple):
             types[name] = _types_in(value, (parameter.num,), alignments)
         else:
@@ -211,7 +213,7 @@ def check_no_number_is_specialised(launches: list[Launch]) -> None:
     for launch in launches:
         types, constants, alignments = signature(launch)  # it asserts that numbers are left alone
         for index, parameter in enumerate(launch.kernel.params):
-            is_pointer = types[parameter.name].startswith("*")
+            is_pointer = str(types[parameter.name]).startswith("*")
             assert ((index,) in alignments) == is_pointer
             assert is_pointer or parameter.name in constants or parameter.do_not_specialize
 
