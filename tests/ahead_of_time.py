@@ -31,6 +31,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.uint8: "u8",
 }
 SCALARS = {"int32": "i32", "int64": "i64", "float32": "fp32"}

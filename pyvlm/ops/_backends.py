@@ -18,6 +18,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "threshold_choice": {"native": ("cpu",)},
     "merge_routings": {"native": ("cpu",)},
     "expert_mlp": {"native": ("cpu",), "triton": ("cuda",)},
+    "linear_cross_entropy": {"native": ("cpu",), "triton": ("cuda",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
