@@ -27,6 +27,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "patches_to_token": {"native": ("cpu", "cuda")},
     "resample": {"native": ("cpu", "cuda")},
     "merge_levels": {"native": ("cpu",), "triton": ("cuda",)},
+    "linear_cross_entropy": {"native": ("cpu",), "triton": ("cuda",)},
 }
 OPS = tuple(_IMPLEMENTATIONS)
 _TRITON_IS_INSTALLED = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question

@@ -106,6 +106,7 @@ class TestEndToEnd:
             ("linear", ["connector"], 2),
             ("resample", ["qwen-vl-b4"], 2),
             ("grids", ["eagle"], 2),
+            ("loss", ["answers", "odd-rows"], 4),
         ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):

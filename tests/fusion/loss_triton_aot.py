@@ -1,0 +1,62 @@
+"""The calls of `linear_cross_entropy` whose Triton kernels are compiled ahead of time.
+
+To write loss_triton_aot.json anew, and print it:
+
+    cd tests && python -m fusion.loss_triton_aot
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ahead_of_time import TYPES, Launch, recorded, write_table
+from pyvlm.triton_kernels import loss
+
+TABLE = Path(__file__).with_name("loss_triton_aot.json")
+PRODUCTS = ("statistics_kernel", "grad_logits_kernel", "grad_hidden_kernel", "grad_weight_kernel")
+OTHERS = ("combine_kernel", "grad_bias_kernel")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the op, of which the kernels are compiled: Qwen2-0.5B's head."""
+
+    architecture: int
+    dtype: torch.dtype = torch.bfloat16
+    softcap: float = 0.0
+    kernels: tuple[str, ...] = PRODUCTS
+
+    @property
+    def on_tensor_cores(self) -> tuple[str, ...]:
+        return () if self.dtype == torch.float32 else PRODUCTS
+
+    def name(self, kernel: str) -> str:
+        options = " softcap smoothing" if self.softcap else ""
+        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]}{options}"
+
+    def launches(self, tokens: int = 4096, words: int = 151_936) -> list[Launch]:
+        """The launches of one forward and backward."""
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+
+        labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+        smoothing = 0.1 if self.softcap else 0.0
+        arguments = (empty(tokens, 896), empty(words, 896), labels, -100, empty(words))
+        with recorded(loss, self.architecture) as recorded_launches:
+            out, lse = loss.linear_cross_entropy(*arguments, self.softcap, smoothing, 0.0, True)
+            loss.linear_cross_entropy_backward(
+                out, *arguments, self.softcap, smoothing, 0.0, True, lse, [True] * 3
+            )
+        return recorded_launches
+
+
+CALLS = (
+    *(Call(architecture) for architecture in (80, 90, 100)),
+    *(Call(architecture, softcap=30.0, kernels=PRODUCTS[:2]) for architecture in (80, 90, 100)),
+    Call(90, dtype=torch.float32),
+    Call(90, kernels=OTHERS),
+)
+
+if __name__ == "__main__":
+    write_table(TABLE, CALLS)

@@ -1,0 +1,306 @@
+"""The kernels of the language-model head and its loss: logits by tiles, never whole.
+
+    x = cap(H Wᵀ + b)    loss = lse − (1 − ε) x_label − ε/V Σ x + z lse²    lse = log Σ exp x
+    G = softmax(x) (1 + 2 z lse) − (1 − ε) onehot − ε/V, times the cap's slope
+    dH = G W    dW = Gᵀ H    db = Σ G    times the gradient of the loss
+
+Rows that have a label come first in `rows`; `count` of them there are, which only the GPU knows: programs
+beyond return at once. No atomics: every sum is made by one program, in a fixed order. G is written for a
+block of the vocabulary at a time. The gradient of the loss comes in with the sums: in float16 G times that
+would vanish.
+
+Letters at the end of a name: M rows of a tile, N columns of it, K of the dimension that is summed over.
+Sizes: T tokens, R of them with a label, H features, V words. H and V are compiled in.
+"""
+
+import triton
+import triton.language as tl
+from pyvlm.triton_kernels.common import LOG2E, dot, tanh
+from pyvlm.triton_kernels.moe_tiles import load_columns_within, load_rows_within, store_rows, tile_of
+
+# Arguments that differ from call to call: Triton is told not to compile anew for some of them.
+RUNTIME = ("tokens", "row_tiles", "first_word", "words", "smoothing", "z_loss")
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def rows_of_tile(rows, count, tile, BLOCK_M: tl.constexpr):
+    """Places of a tile's rows among those with a label, whether there are such, and which rows they are."""
+    place_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    within_M = place_M < count
+    return place_M, within_M, tl.load(rows + place_M, mask=within_M, other=0)
+
+
+@triton.jit
+def logits_of_tile(
+    hidden, row_M, weight, bias, word_N, SIZE_H: tl.constexpr, SIZE_V: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [M, N]; beyond the vocabulary those of its last word."""
+    word_N = tl.minimum(word_N, SIZE_V - 1)
+    column_K = tl.arange(0, BLOCK_K)
+    hidden_MK = hidden + row_M.to(tl.int64)[:, None] * SIZE_H + column_K[None, :]
+    weight_KN = weight + word_N.to(tl.int64)[None, :] * SIZE_H + column_K[:, None]
+    logit_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, SIZE_H, BLOCK_K):
+        if SIZE_H % BLOCK_K == 0:
+            left, right = tl.load(hidden_MK + k), tl.load(weight_KN + k)
+        else:
+            within_K = k + column_K < SIZE_H
+            left = tl.load(hidden_MK + k, mask=within_K[None, :], other=0.0)
+            right = tl.load(weight_KN + k, mask=within_K[:, None], other=0.0)
+        logit_MN = dot(left, right, logit_MN, PRECISION)
+    if bias is not None:
+        logit_MN += tl.load(bias + word_N).to(tl.float32)[None, :]
+    if SOFTCAP > 0:
+        logit_MN = SOFTCAP * tanh(logit_MN / SOFTCAP)
+    return logit_MN
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def statistics_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    rows,
+    count,
+    largest,
+    exponentials,
+    logit_sums,
+    targets,
+    tokens: tl.int32,
+    row_tiles: tl.int32,
+    SIZE_H: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What a tile of words leaves of each row, [word tiles, T]: the largest logit, the sum of exponentials
+    and, where it is wanted, of the logits; and the label's logit, targets [T]. Program: a tile."""
+    tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(SIZE_V, BLOCK_N), GROUP)
+    labeled = tl.load(count)
+    if tile * BLOCK_M >= labeled:
+        return
+    place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
+    word_N = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    logit_MN = logits_of_tile(
+        hidden, row_M, weight, bias, word_N, SIZE_H, SIZE_V, SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    within_N = (word_N < SIZE_V)[None, :]
+    to_M = word_tile.to(tl.int64) * tokens + place_M
+    if logit_sums is not None:
+        tl.store(logit_sums + to_M, tl.sum(tl.where(within_N, logit_MN, 0.0), 1), mask=within_M)
+    label_M = tl.load(labels + row_M, mask=within_M, other=-1)
+    here_M = (label_M >= word_tile * BLOCK_N) & (label_M < (word_tile + 1) * BLOCK_N)
+    target_M = tl.sum(tl.where(word_N[None, :] == label_M[:, None], logit_MN, 0.0), 1)
+    tl.store(targets + place_M, target_M, mask=within_M & here_M)
+    logit_MN = tl.where(within_N, logit_MN, float("-inf"))
+    largest_M = tl.maximum(tl.max(logit_MN, 1), LOWEST)
+    tl.store(largest + to_M, largest_M, mask=within_M)
+    sum_M = tl.sum(tl.exp2((logit_MN - largest_M[:, None]) * LOG2E), 1)
+    tl.store(exponentials + to_M, sum_M, mask=within_M)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def combine_kernel(
+    rows,
+    count,
+    largest,
+    exponentials,
+    logit_sums,
+    targets,
+    lse,
+    losses,
+    tokens: tl.int32,
+    smoothing: tl.float32,
+    z_loss: tl.float32,
+    WORD_TILES: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """lse [T], by row, and losses [T], those with a label first. Program: some rows."""
+    labeled = tl.load(count)
+    if tl.program_id(0) * BLOCK_M >= labeled:
+        return
+    place_M, within_M, row_M = rows_of_tile(rows, labeled, tl.program_id(0), BLOCK_M)
+    largest_M = tl.full([BLOCK_M], LOWEST, tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    of_all_M = tl.zeros([BLOCK_M], tl.float32)
+    from_M = place_M.to(tl.int64)
+    for _ in tl.range(WORD_TILES):
+        new_M = tl.load(largest + from_M, mask=within_M, other=LOWEST)
+        both_M = tl.maximum(largest_M, new_M)
+        part_M = tl.load(exponentials + from_M, mask=within_M, other=0.0)
+        sum_M *= tl.exp2((largest_M - both_M) * LOG2E)
+        sum_M += part_M * tl.exp2((new_M - both_M) * LOG2E)
+        largest_M = both_M
+        if logit_sums is not None:
+            of_all_M += tl.load(logit_sums + from_M, mask=within_M, other=0.0)
+        from_M += tokens
+    lse_M = largest_M + tl.log2(sum_M) / LOG2E
+    target_M = tl.load(targets + place_M, mask=within_M, other=0.0)
+    loss_M = lse_M - (1 - smoothing) * target_M + z_loss * lse_M * lse_M
+    if logit_sums is not None:
+        loss_M -= smoothing / SIZE_V * of_all_M
+    tl.store(lse + row_M, lse_M, mask=within_M)
+    tl.store(losses + place_M, loss_M, mask=within_M)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def grad_logits_kernel(
+    hidden,
+    weight,
+    bias,
+    labels,
+    rows,
+    count,
+    lse,
+    grads,
+    row_tiles: tl.int32,
+    first_word: tl.int32,
+    words: tl.int32,
+    smoothing: tl.float32,
+    z_loss: tl.float32,
+    BLOCK_V: tl.constexpr,
+    SIZE_H: tl.constexpr,
+    SIZE_V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """G of a block of words: grads [T, BLOCK_V], rows with a label first. Program: a tile."""
+    tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(words, BLOCK_N), GROUP)
+    labeled = tl.load(count)
+    if tile * BLOCK_M >= labeled:
+        return
+    place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
+    column_N = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    word_N = first_word + column_N
+    logit_MN = logits_of_tile(
+        hidden, row_M, weight, bias, word_N, SIZE_H, SIZE_V, SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    lse_M = tl.load(lse + row_M, mask=within_M, other=0.0)
+    label_M = tl.load(labels + row_M, mask=within_M, other=-1)
+    grad_MN = tl.exp2((logit_MN - lse_M[:, None]) * LOG2E) * (1 + 2 * z_loss * lse_M)[:, None]
+    grad_MN -= tl.where(word_N[None, :] == label_M[:, None], 1 - smoothing, 0.0) + smoothing / SIZE_V
+    if SOFTCAP > 0:
+        bent_MN = logit_MN / SOFTCAP
+        grad_MN *= 1 - bent_MN * bent_MN
+    store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < words, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def grad_hidden_kernel(
+    grads,
+    weight,
+    rows,
+    count,
+    scale,
+    sums,
+    grad_hidden,
+    row_tiles: tl.int32,
+    first_word: tl.int32,
+    words: tl.int32,
+    BLOCK_V: tl.constexpr,
+    SIZE_H: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """sums [T, H], those with a label first, float32: G·W of all blocks so far. After the last block
+    grad_hidden [T, H]. Program: a tile."""
+    tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(SIZE_H, BLOCK_N), GROUP)
+    labeled = tl.load(count)
+    if tile * BLOCK_M >= labeled:
+        return
+    place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
+    column_N = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    within_N = column_N < SIZE_H
+    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, words, BLOCK_K):
+        word_K = k + tl.arange(0, BLOCK_K)
+        grad_MK = load_rows_within(grads, place_M, within_M, word_K, word_K < words, BLOCK_V)
+        weight_KN = load_rows_within(weight, first_word + word_K, word_K < words, column_N, within_N, SIZE_H)
+        sum_MN = dot(grad_MK, weight_KN, sum_MN, PRECISION)
+    if not FIRST:
+        sum_MN += load_rows_within(sums, place_M, within_M, column_N, within_N, SIZE_H)
+    if LAST:
+        store_rows(grad_hidden, sum_MN * tl.load(scale), row_M, within_M, column_N, within_N, SIZE_H)
+    else:
+        store_rows(sums, sum_MN, place_M, within_M, column_N, within_N, SIZE_H)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def grad_weight_kernel(
+    grads,
+    hidden,
+    rows,
+    count,
+    scale,
+    grad_weight,
+    first_word: tl.int32,
+    words: tl.int32,
+    BLOCK_V: tl.constexpr,
+    SIZE_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """grad_weight [V, H] of the words of a block: Gᵀ·H. Program: a tile."""
+    tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(words, BLOCK_M), tl.cdiv(SIZE_H, BLOCK_N), GROUP)
+    labeled = tl.load(count)
+    word_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column_N = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    within_M, within_N = word_M < words, column_N < SIZE_H
+    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    place_K = tl.arange(0, BLOCK_K)
+    row_K = tl.load(rows + place_K, mask=place_K < labeled, other=0)
+    for _ in tl.range(0, labeled, BLOCK_K):
+        within_K = place_K < labeled
+        grad_MK = load_columns_within(grads, place_K, within_K, word_M, within_M, BLOCK_V)
+        hidden_KN = load_rows_within(hidden, row_K, within_K, column_N, within_N, SIZE_H)
+        sum_MN = dot(grad_MK, hidden_KN, sum_MN, PRECISION)
+        place_K += BLOCK_K  # the next rows are read ahead: loads that wait for them would not be
+        row_K = tl.load(rows + place_K, mask=place_K < labeled, other=0)
+    sum_MN *= tl.load(scale)
+    store_rows(grad_weight, sum_MN, first_word + word_M, within_M, column_N, within_N, SIZE_H)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def grad_bias_kernel(
+    grads,
+    count,
+    scale,
+    grad_bias,
+    first_word: tl.int32,
+    words: tl.int32,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_bias [V] of the words of a block: the sum of G's rows. Program: some words."""
+    labeled = tl.load(count)
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within_N = column_N < words
+    sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, labeled, BLOCK_M):
+        place_M = first + tl.arange(0, BLOCK_M)
+        sum_MN += load_rows_within(grads, place_M, place_M < labeled, column_N, within_N, BLOCK_V).to(
+            tl.float32
+        )
+    sum_N = tl.sum(sum_MN, 0) * tl.load(scale)
+    tl.store(grad_bias + first_word + column_N, sum_N.to(grad_bias.dtype.element_ty), mask=within_N)
