@@ -206,13 +206,18 @@ def _fake_place(text: Tensor, *inputs: Tensor | None) -> Tensor:
     return torch.empty_like(text, memory_format=torch.contiguous_format)
 
 
-def _fake_pack_backward(
-    grad: Tensor, index: Tensor, num_features: int, feature_width: int, needs: Sequence[bool]
+def _empty_gradients(
+    grad: Tensor, shapes: Sequence[Sequence[int]], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    shapes = ((num_features, feature_width), (feature_width,))
     return tuple(
         grad.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
     )
+
+
+def _fake_pack_backward(
+    grad: Tensor, index: Tensor, num_features: int, feature_width: int, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(grad, ((num_features, feature_width), (feature_width,)), needs)
 
 
 def _fake_place_backward(
@@ -223,10 +228,7 @@ def _fake_place_backward(
     feature_width: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    shapes = (grad.shape, (num_features, feature_width), (feature_width,))
-    return tuple(
-        grad.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
-    )
+    return _empty_gradients(grad, (grad.shape, (num_features, feature_width), (feature_width,)), needs)
 
 
 def _fake_add_backward(grad: Tensor, image_mask: Tensor, num_updates: int) -> Tensor:
