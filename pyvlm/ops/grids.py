@@ -35,7 +35,8 @@ def fuse_grids(
     The form of Eagle (arXiv 2408.15998; bilinear with `align_corners=True`), Prismatic (2402.07865),
     DeepSeek-VL (2403.05525) and ViP-LLaVA (2312.00784). A map that is on the target grid already passes
     untouched. No antialiasing. The native op never makes the concatenation where there is a weight: each map
-    is projected by its own columns, before it is resized where it has fewer tokens than the target.
+    is projected by its own columns, before it is resized where it has fewer tokens than the target and no
+    fewer channels than the result.
 
     Args:
         features: one map [N, h_i·w_i, C_i] an encoder.

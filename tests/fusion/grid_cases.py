@@ -49,7 +49,8 @@ class GridCase:
 SMALL_CASES = (
     GridCase("one-grid", "nothing is resized", 2, ((8, 8), (8, 8)), (30, 41), (8, 8), 50),
     GridCase("down", "resized, then projected", 2, ((8, 8), (11, 13)), (30, 41), (8, 8), 50),
-    GridCase("up", "projected, then resized", 2, ((8, 8), (3, 5)), (30, 41), (8, 8), 50),
+    GridCase("up", "projected, then resized", 2, ((8, 8), (3, 5)), (30, 41), (8, 8), 40),
+    GridCase("up-and-wider", "resized, then projected", 2, ((8, 8), (3, 5)), (30, 41), (8, 8), 50),
     GridCase(
         "all-up",
         "the first that is written is projected at its own size",
@@ -57,7 +58,7 @@ SMALL_CASES = (
         ((4, 4), (3, 5)),
         (31, 7),
         (9, 8),
-        33,
+        7,
     ),
     GridCase("nearest", "the other modes", 2, ((5, 5), (9, 7), (8, 6)), (9, 10, 11), (8, 6), 17, "nearest"),
     GridCase("area", "the other modes", 2, ((5, 5), (9, 7), (8, 6)), (9, 10, 11), (8, 6), 17, "area"),

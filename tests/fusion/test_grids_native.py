@@ -226,7 +226,7 @@ def test_under_autocast() -> None:
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
-    case = replace(BY_NAME["up"], images=8, channels=(300, 200), out_features=260)
+    case = replace(BY_NAME["up"], images=8, channels=(200, 300), out_features=260)
     leaves = [t.requires_grad_() for t in (*case.features(torch.float32), *case.projection(torch.float32))]
     grad_y = torch.randn(8, 64, 260)
     threads, runs = torch.get_num_threads(), []
