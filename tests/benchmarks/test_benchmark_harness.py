@@ -98,7 +98,11 @@ class TestEndToEnd:
 
     @pytest.mark.parametrize(
         ("op", "cases", "passes"),
-        [("moe", ["moe-llava-expert-choice", "decode-t1"], 3), ("routing", ["one-group", "images"], 2)],
+        [
+            ("moe", ["moe-llava-expert-choice", "decode-t1"], 3),
+            ("routing", ["one-group", "images"], 2),
+            ("fusion", ["comm-clip-l"], 2),
+        ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
         path = tmp_path / "b.json"
