@@ -222,11 +222,11 @@ class Backward {
           add_row(sums, grad_merged_ + (token + t) * p_.C);
         }
       }
-      for (int64_t level = first; level < first + count; ++level) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          differentiate_row(level, token + t, products + (level - first) * width_, rows.sums + t * width_);
-        }
-      }
+      for_rows<scalar_t>(p_, first, count, token, tokens,
+                         [&](int64_t level, int64_t t, const scalar_t* row, const scalar_t* next) {
+                           differentiate_row(level, token + t, row, next, products + (level - first) * width_,
+                                             rows.sums + t * width_);
+                         });
       if (a_.grad_weight != nullptr) {
         pack_merged(rows, token, tokens, end);
       }
@@ -243,9 +243,9 @@ class Backward {
   }
 
   // All that one row of one level takes part in.
-  void differentiate_row(int64_t level, int64_t token, acc_t* products, acc_t* merged) const {
+  void differentiate_row(int64_t level, int64_t token, const scalar_t* row, const scalar_t* next,
+                         acc_t* products, acc_t* merged) const {
     const int64_t at = level * p_.tokens() + token;
-    const scalar_t* row = row_of<scalar_t>(p_, level, token);
     const acc_t* grad = grad_merged_ + token * p_.C;
     const acc_t* gamma = of_level<acc_t>(p_.gamma, level, p_.gamma_stride);
     const acc_t mean = static_cast<const acc_t*>(a_.mean)[at], rstd = static_cast<const acc_t*>(a_.rstd)[at];
@@ -276,6 +276,7 @@ class Backward {
     const V scale = by_alpha * by_rstd;
     for_row<acc_t>(p_.C, [&](int64_t c, int64_t left) {
       V x[2], by[2], g[2];
+      prefetch_row<acc_t>(next + c);
       load(c, left, x, by);
       if (a_.grad_weight != nullptr) {
         add_products(merged + c, x, {by[0] * by_alpha, by[1] * by_alpha});

@@ -88,18 +88,16 @@ class Forward {
     for (int64_t t = 0; t < tokens; ++t) {
       std::copy(start_, start_ + width_, sums + t * width_);
     }
-    for (int64_t level = first; level < first + count; ++level) {
-      const acc_t* gamma = of_level<acc_t>(p_.gamma, level, p_.gamma_stride);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const scalar_t* row = row_of<scalar_t>(p_, level, token + t);
-        const acc_t mean = mean_of(row), rstd = rstd_of(row, mean);
-        if (a_.mean != nullptr) {
-          static_cast<acc_t*>(a_.mean)[level * p_.tokens() + token + t] = mean;
-          static_cast<acc_t*>(a_.rstd)[level * p_.tokens() + token + t] = rstd;
-        }
-        add_normalised(sums + t * width_, row, mean, alpha(level) * rstd, gamma);
-      }
-    }
+    for_rows<scalar_t>(p_, first, count, token, tokens,
+                       [&](int64_t level, int64_t t, const scalar_t* row, const scalar_t* next) {
+                         const acc_t mean = mean_of(row, next), rstd = rstd_of(row, mean);
+                         if (a_.mean != nullptr) {
+                           static_cast<acc_t*>(a_.mean)[level * p_.tokens() + token + t] = mean;
+                           static_cast<acc_t*>(a_.rstd)[level * p_.tokens() + token + t] = rstd;
+                         }
+                         add_normalised(sums + t * width_, row, mean, alpha(level) * rstd,
+                                        of_level<acc_t>(p_.gamma, level, p_.gamma_stride));
+                       });
     for (int64_t t = 0; t < tokens; ++t) {
       for_row<acc_t>(p_.C, [&](int64_t c, int64_t left) {
         const acc_t* sum = sums + t * width_ + c;
@@ -108,10 +106,11 @@ class Forward {
     }
   }
 
-  acc_t mean_of(const scalar_t* row) const {
+  acc_t mean_of(const scalar_t* row, const scalar_t* next) const {
     V sum0(acc_t(0)), sum1(acc_t(0));
     for_row<acc_t>(p_.C, [&](int64_t c, int64_t left) {
       V x0, x1;
+      prefetch_row<acc_t>(next + c);
       load_row(row + c, left, acc_t(0), x0, x1);
       sum0 = sum0 + x0;
       sum1 = sum1 + x1;
@@ -147,15 +146,19 @@ class Forward {
     });
   }
 
+  // A task is a chunk of tokens and a round of panels, whose sums stay where they are from section to
+  // section.
   void multiply(int64_t section) const {
     const bool last = section + 1 == p_.sections;
     for_panels<Scratch>(
-        chunks_.size(), panels_, kPanel * kChunk * p_.C,
-        [&](Scratch x, int64_t i, int64_t first, int64_t count) {
+        chunks_.size() * rounds_, kPanelsAtOnce, kPanel * kChunk * p_.C,
+        [&](Scratch x, int64_t task, int64_t, int64_t) {
+          const int64_t first = task % rounds_ * kPanelsAtOnce;
+          const int64_t count = std::min(kPanelsAtOnce, panels_ - first);
           [[maybe_unused]] const typename Gemm::Session session;
-          const TokenChunk& chunk = chunks_[i];
+          const TokenChunk& chunk = chunks_[task / rounds_];
           if (p_.sections > 1) {
-            x.sums = sums_ + (i * rounds_ + first / kPanelsAtOnce) * kSums;
+            x.sums = sums_ + task * kSums;
           }
           const scalar_t* weight =
               static_cast<const scalar_t*>(p_.weight) + (section * p_.H + first * kPanel) * p_.C;
@@ -198,7 +201,7 @@ class Forward {
   std::vector<TokenChunk> chunks_;
   Operands<Gemm> x_;       // of 32 tokens, [depth, 32], a B operand
   acc_t* start_;           // [width]: what is the same for all tokens
-  acc_t* sums_ = nullptr;  // of each chunk and round of panels, as PanelScratch has them
+  acc_t* sums_ = nullptr;  // [chunks, rounds, kSums], as PanelScratch has them
 };
 
 }  // namespace

@@ -107,6 +107,7 @@ class TestEndToEnd:
             ("resample", ["qwen-vl-b4"], 2),
             ("grids", ["eagle"], 2),
             ("loss", ["answers", "odd-rows"], 4),
+            ("fusion", ["comm-clip-l"], 2),
         ],
     )
     def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
