@@ -17,6 +17,7 @@ TESTS = {
     "routing": ("tests/moe/test_moe_routing.py", "native"),
     "routing of many tokens": ("tests/moe/test_moe_routing_native.py", "many or equal"),
     "experts": ("tests/moe/test_expert_mlp_native.py", "sizes or kinds or depth"),
+    "loss": ("tests/fusion/test_linear_cross_entropy_native.py", "sizes or options"),
 }
 
 CHILD = """
