@@ -85,8 +85,7 @@ class TransformersTower(nn.Module):
             setattr(self.encoder.get_submodule(parent), name, None)
 
     def _take_last_norms(self) -> nn.ModuleList | None:
-        """Takes out what stands behind the layers: one for all levels, but of SAM's neck a copy a level, as in
-        DeepSeek-VL."""
+        """Takes out what stands behind the layers: one for all levels, but of SAM a copy a level."""
         if self.family.last is None:
             return None
         last_norm = self.encoder.get_submodule(self.family.last)
