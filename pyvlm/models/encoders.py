@@ -208,7 +208,7 @@ def encoder_entry(encoder: Encoder) -> dict[str, Any]:
 
 
 def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and, where there is one, preprocessor_config.json of a folder of transformers.
+    """The model's configuration and, where there is one, the image processor's, of a folder of transformers.
 
     Raises:
         ValueError: there is no such folder, or a file in it cannot be read.
@@ -218,17 +218,23 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(
             f"{folder}: no config.json there; give a local folder of a model that transformers saved"
         )
-    preprocessor = path / "preprocessor_config.json"
-    return _read_json(path / "config.json"), _read_json(preprocessor) if preprocessor.is_file() else {}
+    preprocessor: dict[str, Any] = {}
+    if (file := path / "processor_config.json").is_file():  # transformers 5 saves both processors in it
+        preprocessor = _read_json(file).get("image_processor", {})
+    if (file := path / "preprocessor_config.json").is_file():
+        preprocessor = _read_json(file)
+    return _read_json(path / "config.json"), preprocessor
 
 
 def pixels_of_preprocessor(given: Mapping[str, Any]) -> dict[str, Any]:
-    """image_size, mean and std of a preprocessor_config.json, as far as it names them."""
-    size = given.get("crop_size") if given.get("do_center_crop", "crop_size" in given) else None
-    size = size or given.get("size")
+    """image_size, mean and std of an image processor's configuration, as far as it names them."""
+    size = given.get("size")
+    if given.get("crop_size") and given.get("do_center_crop", True):
+        size = given["crop_size"]
     if isinstance(size, Mapping):
         side = size.get("shortest_edge") or size.get("longest_edge")
         size = (size.get("height", side), size.get("width", side))
+        size = None if None in size else size
     pixels = {"image_size": size, "mean": given.get("image_mean"), "std": given.get("image_std")}
     return {name: value for name, value in pixels.items() if value}
 

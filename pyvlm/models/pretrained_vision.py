@@ -47,33 +47,17 @@ class TransformersTower(nn.Module):
         self.levels, self.leading = config.level_indices, source.leading
         self.own_size, self.patch_size = source.own_size, getattr(source.config, "patch_size", 1)
         self.encoder, missing = _make(source, config.pretrained)
-        layers = self.encoder.get_submodule(self.family.layers)
-        assert isinstance(layers, nn.ModuleList)
-        last = max(self.levels)
-        del layers[last:]
-        layers.append(End())
+        self._cut()
         # A level is what the next layer takes, and so each is the first argument of one module.
+        layers = self.encoder.get_submodule(self.family.layers)
         for level in self.levels:
-            layers[level].register_forward_pre_hook(partial(self._keep, level))
+            layers.get_submodule(str(level)).register_forward_pre_hook(partial(self._keep, level))
         self._kept: dict[int, Tensor] | None = None
 
-        for path in self.family.unused:
-            parent, _, name = path.rpartition(".")
-            setattr(self.encoder.get_submodule(parent), name, None)
         needed = set(self.encoder.state_dict())
-        self.last_norms: nn.ModuleList | None = None
-        if self.family.last is not None:
-            last_norm = self.encoder.get_submodule(self.family.last)
-            self.encoder.set_submodule(self.family.last, nn.Identity())
-            if (
-                config.last_norm
-            ):  # one for all levels; of SAM's neck each level has its own, as in DeepSeek-VL
-                copies = len(self.levels) if self.family.form == "rows" else 1
-                self.last_norms = nn.ModuleList(
-                    [last_norm, *(deepcopy(last_norm) for _ in range(copies - 1))]
-                )
-            else:
-                needed = set(self.encoder.state_dict())
+        self.last_norms = self._take_last_norms()
+        if not config.last_norm:
+            self.last_norms, needed = None, set(self.encoder.state_dict())
         if lost := sorted(missing & needed):
             raise ValueError(
                 f"{config.pretrained} lacks {len(lost)} weights of its {source.config.model_type}: "
@@ -89,6 +73,25 @@ class TransformersTower(nn.Module):
         self.register_buffer(
             "_shift", ((mean - own_mean) / own_std).expand(channels, 1, 1).clone(), persistent=False
         )
+
+    def _cut(self) -> None:
+        """Takes out the layers above the highest level, and what no level passes."""
+        layers = self.encoder.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        del layers[max(self.levels) :]
+        layers.append(End())
+        for path in self.family.unused:
+            parent, _, name = path.rpartition(".")
+            setattr(self.encoder.get_submodule(parent), name, None)
+
+    def _take_last_norms(self) -> nn.ModuleList | None:
+        """Takes out what stands behind the layers: one for all levels, but of SAM a copy a level."""
+        if self.family.last is None:
+            return None
+        last_norm = self.encoder.get_submodule(self.family.last)
+        self.encoder.set_submodule(self.family.last, nn.Identity())
+        further = len(self.levels) - 1 if self.family.form == "rows" else 0
+        return nn.ModuleList([last_norm, *(deepcopy(last_norm) for _ in range(further))])
 
     def forward(self, images_NCHW: Tensor) -> list[Tensor]:
         """The levels of images [N, C, H, W] of any size, in the order asked for, [N, T, C] each."""

@@ -16,7 +16,7 @@ from tolerance import assert_conforms
 from torch import Tensor, nn
 
 from pyvlm.models import VLM, ImageConfig, TransformersConfig, VLMConfig
-from pyvlm.models.encoders import FAMILIES, read_encoder
+from pyvlm.models.encoders import FAMILIES, pixels_of_preprocessor, read_encoder
 from pyvlm.models.pretrained_vision import TransformersTower
 
 transformers = pytest.importorskip("transformers")
@@ -143,8 +143,7 @@ def test_a_level_is_the_hidden_state_of_that_number(model_type: str, level: int)
     rows, columns = given.grid(given.image_size[0])
     assert found.shape == (2, rows * columns, given.channels_out)
 
-    negative, _, _ = build(model_type, levels=[level - given.num_levels])
-    assert torch.equal(negative(images)[0], found)
+    assert config(model_type, levels=[level - given.num_levels]).level_indices == [level]
 
 
 @pytest.mark.parametrize("model_type", [kind for kind in ENCODERS if FAMILIES[kind].form != "map"])
@@ -283,6 +282,7 @@ def test_casts_there_and_back_leave_rotary_frequencies_alone() -> None:
     assert tower(images)[0].dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 @pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov2", "sam_vision_model"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(model_type: str, reentrant: bool) -> None:
@@ -309,6 +309,14 @@ def test_a_copy_stands_alone() -> None:
     with torch.no_grad():
         next(tower.parameters()).add_(1)
     assert torch.equal(other(images)[0], expected)
+
+
+@pytest.mark.parametrize("model_type", ["clip_vision_model", "dinov3_vit", "sam_vision_model", "convnext"])
+def test_a_tower_compiles_in_one_graph(model_type: str) -> None:
+    tower, _, given = build(model_type)
+    images = pictures(given.image_size)
+    compiled = torch.compile(tower, backend="aot_eager", fullgraph=True)
+    assert_conforms(compiled(images)[0], tower(images)[0])
 
 
 # ---- pixels
@@ -377,6 +385,31 @@ def test_a_tower_from_a_folder(clip_folder: Path) -> None:
 
     with_norm = TransformersTower(given.model_copy(update={"last_norm": True}), shared_pixels(given))
     assert torch.equal(with_norm.last_norms[0].weight, whole.vision_model.post_layernorm.weight)
+
+
+@pytest.mark.parametrize(
+    ("processor", "size"),
+    [
+        ({"crop_size": 336, "size": 400}, 336),
+        ({"crop_size": {"height": 224, "width": 200}, "do_center_crop": True}, (224, 200)),
+        ({"crop_size": 224, "do_center_crop": False, "size": {"height": 384, "width": 384}}, (384, 384)),
+        ({"size": {"shortest_edge": 256}}, (256, 256)),
+        ({"size": {"longest_edge": 1024}}, (1024, 1024)),
+        ({"size": {"max_height": 3}}, None),
+        ({"max_num_patches": 256, "patch_size": 16}, None),
+    ],
+)
+def test_sizes_of_image_processors(processor: dict[str, Any], size: object) -> None:
+    pixels = pixels_of_preprocessor(processor | {"image_std": [1, 2, 3]})
+    assert pixels == ({} if size is None else {"image_size": size}) | {"std": [1, 2, 3]}
+
+
+def test_image_processors_saved_with_the_tokenizer(clip_folder: Path) -> None:
+    (clip_folder / "preprocessor_config.json").rename(clip_folder / "of_image.json")
+    processor = {"image_processor": json.loads((clip_folder / "of_image.json").read_text())}
+    (clip_folder / "processor_config.json").write_text(json.dumps(processor))
+    given = TransformersConfig(name="clip", pretrained=str(clip_folder))
+    assert (given.image_size, given.mean) == ((16, 16), (0.1, 0.2, 0.3))
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
