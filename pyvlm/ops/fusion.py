@@ -185,7 +185,7 @@ class _InterpretedTriton(torch.autograd.Function):
             grad_out, levels, alpha, weight, bias, ln_weight, ln_bias, mean, rstd, needs
         )
         found = [grad if needed else None for grad, needed in zip(grads, needs[1:], strict=True)]
-        return (*found, None, None, *(of_levels or [None] * len(levels)))
+        return (*found, None, None, *(of_levels if needs[0] else [None] * len(levels)))
 
 
 if _native.C is not None:  # it defines the schemas
