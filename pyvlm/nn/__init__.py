@@ -5,6 +5,7 @@ from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.experts import SoftMoE
 from pyvlm.nn.fusion import EncoderFeatures, FeatureFusion, MergeLevels, PatchesToToken
 from pyvlm.nn.linear import Linear
+from pyvlm.nn.loss import LinearCrossEntropy
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureFusion",
     "KeyValueCache",
     "Linear",
+    "LinearCrossEntropy",
     "LocalCrossAttention",
     "MergeLevels",
     "MoE",
