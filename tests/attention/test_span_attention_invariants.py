@@ -46,25 +46,33 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_strides(name: str, dtype: torch.dtype, backend: str) -> None:
-    assert_any_strides(name, dtype, 37, backend)
+@pytest.mark.parametrize("queries", [37, 3], ids=["", "few queries"])
+def test_any_strides(name: str, dtype: torch.dtype, queries: int) -> None:
+    actual, expected = strided_and_not(name, dtype, queries, "native")
+    assert_all_equal(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_strides_of_few_queries(name: str, dtype: torch.dtype) -> None:
-    # The reference is left out: torch.matmul itself takes another path for so few rows of other strides.
-    assert_any_strides(name, dtype, 3, "native")
+def test_the_reference_takes_any_strides(name: str) -> None:
+    """Not bit for bit: torch.matmul takes another path for other strides, which on some machines rounds
+    otherwise."""
+    for actual, expected in zip(*strided_and_not(name, torch.float64, 37, "reference"), strict=True):
+        assert_conforms(actual, expected)
 
 
-def assert_any_strides(name: str, dtype: torch.dtype, queries: int, backend: str) -> None:
+def strided_and_not(
+    name: str, dtype: torch.dtype, queries: int, backend: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Output and gradients for strided inputs, and for the same values as they usually lie."""
     q, k, v = random_qkv(2, 4, 2, queries, 41, 16, dtype)
     spans = random_spans(2, queries, 41)
     out_grad = torch.randn(q.shape).to(dtype)
     strided = [LAYOUTS[name](x) for x in (q, k, v, out_grad)]
     assert not any(x.is_contiguous() for x in strided)
-    actual = out_and_grads(*strided[:3], spans, backend, strided[3])
-    assert_all_equal(actual, out_and_grads(q, k, v, spans, backend, out_grad))
+    return (
+        out_and_grads(*strided[:3], spans, backend, strided[3]),
+        out_and_grads(q, k, v, spans, backend, out_grad),
+    )
 
 
 def test_expanded_inputs_and_cotangents(backend: str) -> None:
