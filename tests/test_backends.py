@@ -5,17 +5,18 @@ import torch
 
 from pyvlm.ops._backends import resolve
 
+KERNELS = ["span_attention", "expert_mlp", "merge_levels", "local_cross_attention", "linear_cross_entropy"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("op", ["span_attention", "expert_mlp"])
+@pytest.mark.parametrize("op", KERNELS)
 def test_auto_takes_the_kernel_of_the_device(op: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     assert resolve(op, "auto", CPU, torch.bfloat16) == "native"
     assert resolve(op, "auto", CUDA, torch.bfloat16) == "triton"
 
 
-@pytest.mark.parametrize("op", ["span_attention", "expert_mlp"])
+@pytest.mark.parametrize("op", KERNELS)
 def test_auto_passes_by_kernels_that_lack_the_dtype(op: str) -> None:
     assert resolve(op, "auto", CPU, torch.float64) == "native"
     assert resolve(op, "auto", CUDA, torch.float64) == "reference"

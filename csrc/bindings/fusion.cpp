@@ -23,7 +23,7 @@ TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
 namespace {
 
 // Levels and projections in autocast's type, as torch's own linear does; the norms' parameters and alpha,
-// which are used in float32, as they are.
+// which are used in float32, as they are; but the Triton kernels take alpha in the levels' type.
 template <at::DeviceType device, c10::DispatchKey key>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_levels_autocast(
     at::TensorList levels, const at::Tensor& alpha, const at::Tensor& weight,
@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_levels_autocast(
   for (const at::Tensor& level : levels) {
     cast_levels.push_back(cast(level));
   }
-  return op.call(cast_levels, alpha, cast(weight),
+  return op.call(cast_levels, device == at::kCUDA ? cast(alpha) : alpha, cast(weight),
                  bias.has_value() ? std::optional<at::Tensor>(cast(*bias)) : bias, ln_weight, ln_bias, eps,
                  keep_statistics);
 }

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "common/arena.h"
+#include "common/empty.h"
 
 namespace pyvlm {
 namespace {
@@ -23,9 +23,7 @@ struct Problem : LocalAttention {
 
 // A result [N, A, tokens, D] that lies as [N, tokens, A, D]: joining its heads copies nothing.
 at::Tensor make_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor t = at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options);
-  prefer_huge_pages(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
-  return t.transpose(1, 2);
+  return make_empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
 }
 
 Problem make_problem(const at::Tensor& query, at::TensorList keys, at::TensorList values, int64_t rows,

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/arena.h"
+#include "common/empty.h"
 
 namespace pyvlm {
 namespace {
@@ -94,12 +94,6 @@ void compute_into(const at::Tensor& out, const Compute& compute) {
     compute(matrix);
     out.copy_(matrix.view(out.sizes()));
   }
-}
-
-at::Tensor make_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(sizes, options);
-  prefer_huge_pages(t.data_ptr(), static_cast<int64_t>(t.nbytes()));
-  return t;
 }
 
 void check(const at::Tensor& x, const at::Tensor& weight) {

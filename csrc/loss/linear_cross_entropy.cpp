@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "common/arena.h"
+#include "common/empty.h"
 
 namespace pyvlm {
 namespace {
@@ -103,12 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_backward_cpu
     grads[0] = at::zeros(hidden.sizes(), hidden.options());
   }
   const auto grad_of_words = [&](const at::Tensor& like) {
-    if (p.R == 0) {
-      return at::zeros(like.sizes(), hidden.options());
-    }
-    at::Tensor grad = at::empty(like.sizes(), hidden.options());
-    prefer_huge_pages(grad.data_ptr(), static_cast<int64_t>(grad.nbytes()));
-    return grad;
+    return p.R == 0 ? at::zeros(like.sizes(), hidden.options()) : make_empty(like.sizes(), hidden.options());
   };
   if (needs[1]) {
     grads[1] = grad_of_words(weight);

@@ -70,8 +70,8 @@ def interprets_triton() -> bool:
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend to run: the named one or an error that says why not; "auto" takes the first that is there.
 
-    For float64, where it is told, "auto" passes Triton by: it exists for checking gradients, and the Triton
-    kernels do not have it.
+    For float64, where it is told, "auto" passes Triton by: it exists for checking gradients, and most
+    Triton kernels do not have it.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.

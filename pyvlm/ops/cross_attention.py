@@ -75,7 +75,7 @@ def local_cross_attention(
         if masks is not None:
             shapes.check(f"masks[{i}]", masks[i], "NT", dtypes=(torch.bool,))
         shapes.forget("T")
-    implementation = resolve(op, backend, query.device)
+    implementation = resolve(op, backend, query.device, query.dtype)
     if implementation == "reference":
         return reference.local_cross_attention(query, keys, values, query_grid, masks, scale)
     masks = [] if masks is None else list(masks)

@@ -51,7 +51,7 @@ def merge_levels(
     shapes.sizes["L"] = len(levels)
     shapes.check("alpha", alpha, "L").check("weight", weight, "HC", "LHC").check("bias", bias, "H", "LH")
     shapes.check("ln_weight", ln_weight, "C", "LC").check("ln_bias", ln_bias, "C", "LC")
-    implementation = resolve("merge_levels", backend, alpha.device, alpha.dtype)
+    implementation = resolve("merge_levels", backend, alpha.device, levels[0].dtype)
     if implementation == "reference":
         return reference.merge_levels(levels, alpha, weight, bias, ln_weight, ln_bias, eps)
     differentiable = (*levels, alpha, weight, bias, ln_weight, ln_bias)

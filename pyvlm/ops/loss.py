@@ -63,7 +63,7 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: softcap is {softcap}, expected a positive number or None")
     if not z_loss >= 0.0:
         raise ValueError(f"{op}: z_loss is {z_loss}, expected a number of at least 0")
-    implementation = _backends.resolve(op, backend, hidden.device)
+    implementation = _backends.resolve(op, backend, hidden.device, hidden.dtype)
     if implementation == "reference":
         if labels.is_cpu and not torch.compiler.is_compiling():
             _check_labels(labels, ignore_index, len(weight))
