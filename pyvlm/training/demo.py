@@ -85,7 +85,7 @@ def format_table(table: Sequence[Row]) -> str:
 
 def format_transcript(transcript: Transcript) -> str:
     """A dialogue for a terminal, with the true answer where the model was wrong."""
-    digits = transcript.dialogue.digits
+    digits = transcript.dialogue.shown
     lines = [f"held-out images of {', '.join(map(str, digits[:-1]))} and {digits[-1]}"]
     for asked in transcript.rounds:
         mark = "" if asked.right else f"   wrong, it is {asked.expected}"

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from pyvlm.models.config import Config, VLMConfig
 from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
 from pyvlm.training.conversation import introductions
-from pyvlm.training.digits import MAX_IMAGES, DigitsConfig, vocabulary
+from pyvlm.training.dialogue import MAX_IMAGES
+from pyvlm.training.digits import DigitsConfig, vocabulary
 
 Part = Literal["vision", "fusion", "connector", "language", "moe"]
 PARTS: tuple[Part, ...] = ("vision", "fusion", "connector", "language", "moe")

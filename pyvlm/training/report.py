@@ -117,7 +117,7 @@ def _charts(findings: Findings) -> list[dict[str, str]]:
 def _dialogue(transcript: Transcript) -> dict[str, Any]:
     return {
         "images": [picture_source(image) for image in transcript.dialogue.images],
-        "digits": transcript.dialogue.digits,
+        "shown": transcript.dialogue.shown,
         "rounds": transcript.rounds,
     }
 
