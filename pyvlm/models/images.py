@@ -43,13 +43,15 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         raise ValueError(f"image {path!r}: damaged or truncated ({error})") from error
 
 
-def to_pixels(image: Any, channels: int, size: int) -> Tensor:
+def to_pixels(image: Any, channels: int, size: int, padding: tuple[float, ...] | None = None) -> Tensor:
     """The pixels of one image, float32 [channels, size, size] in [0, 1].
 
     Args:
         image: a path, a PIL image, or an array or tensor [H, W(, 1 or 3)], uint8 or floating in [0, 1].
         channels: 1 (grey) or 3 (RGB); the image is converted.
         size: side of the square that the image is stretched or shrunk to (bilinear, antialiased).
+        padding: one number, or one a channel: the image is first padded to a square with it, half on either
+            side (LLaVA 1.5's `expand2square`), and keeps its proportions.
 
     Raises:
         TypeError: not an image.
@@ -87,11 +89,22 @@ def to_pixels(image: Any, channels: int, size: int) -> Tensor:
     elif pixels_CHW.shape[0] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's
         pixels_CHW = torch.einsum("chw,c->hw", pixels_CHW, luma)[None]
+    if padding is not None:
+        pixels_CHW = _pad_to_square(pixels_CHW, padding)
     if pixels_CHW.shape[1:] != (size, size):
         pixels_CHW = torch.nn.functional.interpolate(
             pixels_CHW[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
         )[0]
     return pixels_CHW.contiguous()
+
+
+def _pad_to_square(pixels_CHW: Tensor, value: tuple[float, ...]) -> Tensor:
+    channels, height, width = pixels_CHW.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = torch.tensor(value)[:, None, None].expand(channels, side, side).clone()
+    square[:, top : top + height, left : left + width] = pixels_CHW
+    return square
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

@@ -168,8 +168,10 @@ class Processor:
 
     def preprocess(self, image: Any) -> Tensor:
         """One image as the vision towers take it, float32 [C, H, W]; see `pyvlm.models.images.to_pixels`."""
-        pixels_CHW = to_pixels(image, self.config.image.channels, self.config.image.size)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image.mean, self.config.image.std))
+        config = self.config.image
+        padding = config.mean if config.fit == "pad" else None
+        pixels_CHW = to_pixels(image, config.channels, config.size, padding)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
         return (pixels_CHW - mean) / std
 
     def collate(self, samples: Sequence[Sample], padding_side: str = "right") -> dict[str, Tensor | None]:
