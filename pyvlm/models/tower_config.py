@@ -30,8 +30,8 @@ class Config(BaseModel):
 class ImageConfig(Config):
     """The pixels that every tower receives: [N, channels, size, size], less `mean` and divided by `std`.
 
-    Both are one number, or one a channel, of pixels in [0, 1]. `fit` says how an image becomes a square: it is
-    stretched, or padded with `mean` first.
+    Both are one number, or one a channel, of pixels in [0, 1]. `fit` says how an image becomes a square:
+    it is stretched, or padded with `mean` first.
     """
 
     size: Size

@@ -86,6 +86,7 @@ class DigitsConfig(Config):
         augment: strength of the random distortions of the images; 0: none.
     """
 
+    source: Literal["digits"] = "digits"
     images: tuple[Count, Count] = (2, 4)
     rounds: tuple[Count, Count] = (3, 5)
     questions: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default=dict.fromkeys(QUESTIONS, 1.0))

@@ -117,7 +117,8 @@ class PhotosConfig(Config):
                 raise ValueError(f"{name} {[low, high]}: give the fewest first, then the most")
         if not any(weight for kind, weight in self.questions.items() if kind != "where"):
             raise ValueError(
-                f"questions {self.questions}: some dialogues could ask none; give what, upright or count a weight"
+                f"questions {self.questions}: some dialogues could ask none; give what, upright or count "
+                "a weight"
             )
         return self
 

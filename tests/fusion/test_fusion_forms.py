@@ -245,7 +245,7 @@ def test_projectors_are_what_they_say(kind: str, norm: str) -> None:
 
 def test_bad_options_of_the_forms() -> None:
     one = {"one": {"channels": 3, "grid": (2, 2)}}
-    with pytest.raises(ValueError, match="projector 'mlp' is unknown; expected one of linear, mlp2x_gelu"):
+    with pytest.raises(ValueError, match="projector 'mlp' is unknown; expected one of linear, "):
         build_projector("mlp", 3, 4)
     with pytest.raises(ValueError, match='belong to method "channel_concat"'):
         FeatureFusion(one, 4, method="sequence", projector="mlp2x_gelu")
