@@ -1,7 +1,7 @@
 """A recipe: all that determines a training run, read from a YAML file and checked before anything is made."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ from pyvlm.models.processor import Processor, ProcessorConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
+from pyvlm.training.recipe_paths import with_paths
 
 Part = Literal["vision", "fusion", "connector", "language", "moe"]
 PARTS: tuple[Part, ...] = ("vision", "fusion", "connector", "language", "moe")
@@ -161,12 +162,24 @@ def _with_defaults(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     return {**given, **{key: value for key, value in defaults.items() if given.get(key) is None}}
 
 
-def load_recipe(source: str | os.PathLike[str], variant: str | None = None, **overrides: Any) -> Recipe:
+def load_recipe(
+    source: str | os.PathLike[str],
+    variant: str | None = None,
+    *,
+    language: str | None = None,
+    vision: Sequence[str] = (),
+    data: Sequence[str] = (),
+    **overrides: Any,
+) -> Recipe:
     """Reads a recipe.
 
     Args:
         source: a YAML file, or the name of a recipe that pyvlm ships.
         variant: an entry of the file's `variants`, whose keys replace those of the recipe, at any depth.
+        language: a folder of transformers that the language model starts from, with its tokenizer.
+        vision: folders of transformers that the vision towers start from: "NAME=FOLDER", or "FOLDER" for all
+            towers of transformers that are not named.
+        data: what the stages learn from: "STAGE=PATH", or "PATH" for all stages that are not named.
         overrides: replace keys at the top, after the variant's.
 
     Raises:
@@ -185,6 +198,7 @@ def load_recipe(source: str | os.PathLike[str], variant: str | None = None, **ov
         if variant not in variants:
             raise ValueError(f"{name} has no variant {variant!r}; it has {sorted(variants) or 'none'}")
         content = merge(content, variants[variant])
+    content = with_paths(content, language, vision, data)
     try:
         return Recipe.model_validate({**content, **overrides})
     except ValidationError as error:
