@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pyvlm.layout import RULES
+from pyvlm.models.connector_config import Connector, QFormerConfig, ResamplerConfig, SVAConfig
 from pyvlm.models.encoders import Pair
 from pyvlm.models.positions import PositionScheme
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
@@ -23,22 +24,6 @@ from pyvlm.nn.projector import Projector
 from pyvlm.ops.moe_experts import Activation
 
 VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
-
-
-class QFormerConfig(Config):
-    """See `pyvlm.nn.QFormerFusion`; the queries are each tower's."""
-
-    hidden_dim: Size = 768
-    num_layers: Size = 2
-    num_heads: Size = 12
-    intermediate_dim: Size | None = None
-    cross_attention_frequency: Size = 2
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "QFormerConfig":
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_dim {self.hidden_dim}")
-        return self
 
 
 class FusionConfig(Config):
@@ -177,7 +162,7 @@ class VLMConfig(Config):
     image: ImageConfig
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
-    connector: Projector | Literal["none"] = "mlp2x_gelu"
+    connector: Connector = "mlp2x_gelu"  # a projector of each token, or what reads them into others
     position_scheme: PositionScheme = "all"  # of images: see `pyvlm.models.positions`
     language: LanguageConfig
     image_token_id: Annotated[int, Field(ge=0)]
@@ -192,6 +177,8 @@ class VLMConfig(Config):
     @property
     def token_grids(self) -> tuple[Pair, ...]:
         """The grids, (rows, columns) each, whose tokens follow one another in an image."""
+        if not isinstance(self.connector, str):
+            return (self.connector.grid,)
         grids = [tower.grid(self.image.size) for tower in self.vision_towers]
         if self.fusion.method == "channel_concat":
             return (grids[0] if self.fusion.grid is None else (self.fusion.grid,) * 2,)
@@ -229,7 +216,10 @@ class VLMConfig(Config):
                     f"tower {tower.name!r} takes images of {channels} channels, and image.channels is "
                     f"{self.image.channels}"
                 )
-        if self.fusion.method == "qformer" and self.position_scheme.startswith("share-by-row"):
+        queries_without_rows = not isinstance(self.connector, str) and self.connector.type == "qformer"
+        if isinstance(self.connector, str):
+            queries_without_rows = self.fusion.method == "qformer"
+        if queries_without_rows and self.position_scheme.startswith("share-by-row"):
             raise ValueError(
                 f"position_scheme {self.position_scheme!r} needs rows, and queries of a Q-Former have none"
             )
@@ -238,12 +228,34 @@ class VLMConfig(Config):
                 f'connector "none" needs fusion.hidden_size {self.fusion.hidden_size} to be that of the '
                 f"language model, {self.language.hidden_size}"
             )
+        self._check_connector()
         if self.image_token_id >= self.language.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of "
                 f"{self.language.vocab_size}"
             )
         return self
+
+    def _check_connector(self) -> None:
+        connector, fusion = self.connector, self.fusion
+        if isinstance(connector, ResamplerConfig):
+            if fusion.method != "channel_concat":
+                raise ValueError(
+                    f'connector "resampler" reads one map: expected fusion.method "channel_concat", got '
+                    f"{fusion.method!r}"
+                )
+            connector.heads(self.language.hidden_size)
+        if isinstance(connector, SVAConfig):
+            of_merging = {"merge_weights", "shared_projection"}
+            given = fusion.model_dump(exclude_defaults=True).keys() - of_merging
+            if given:
+                raise ValueError(
+                    'connector "sva" reads the towers\' maps in place of a fusion: leave out '
+                    f"fusion.{min(given)}"
+                )
+            if deep := [tower.name for tower in self.vision_towers if tower.downsample]:
+                raise ValueError(f'connector "sva" resizes maps itself: leave out downsample of {deep}')
+            connector.windows_of([tower.grid(self.image.size) for tower in self.vision_towers])
 
     def without_sources(self) -> "VLMConfig":
         """The same without the folders that towers start from: what to keep once their weights are there."""

@@ -12,6 +12,7 @@ from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.partial_lora import PartialLoRALinear
 from pyvlm.nn.projector import build_projector
 from pyvlm.nn.qformer import QFormer, QFormerFusion
+from pyvlm.nn.spatial_aggregator import SpatialVisionAggregator
 
 __all__ = [
     "EncoderFeatures",
@@ -31,6 +32,7 @@ __all__ = [
     "RouterOptions",
     "SoftMoE",
     "SpanAttention",
+    "SpatialVisionAggregator",
     "TokenGroups",
     "build_projector",
     "rotary_tables",
