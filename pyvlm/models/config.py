@@ -1,9 +1,9 @@
 """The configuration of a VLM: everything that `config.json` holds, checked before anything is built."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pyvlm.layout import RULES
 from pyvlm.models.connector_config import Connector, QFormerConfig, ResamplerConfig, SVAConfig
@@ -23,6 +23,7 @@ from pyvlm.nn.moe_options import (
 from pyvlm.nn.projector import Projector
 from pyvlm.ops.moe_experts import Activation
 
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
 
 
@@ -62,12 +63,13 @@ class FusionConfig(Config):
 class MoEConfig(Config):
     """Experts in place of the MLP in the layers `layers`; the rest is as in `pyvlm.nn.MoE`.
 
-    The options of the routers are those of `pyvlm.nn.RouterOptions`, which checks them.
+    "every_second" is layers 0, 2, 4, …, as MoE-LLaVA has them (arXiv 2401.15947); a `LanguageConfig` holds
+    their numbers. The options of the routers are those of `pyvlm.nn.RouterOptions`, which checks them.
     """
 
-    layers: Annotated[list[int], Field(min_length=1)]
+    layers: Annotated[list[int], Field(min_length=1)] | Literal["every_second"]
     num_experts: Size
-    intermediate_size: Size
+    intermediate_size: Size | None = None  # None: that of the MLPs
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
@@ -97,6 +99,33 @@ class MoEConfig(Config):
         return self
 
 
+class PartialLoRAConfig(Config):
+    """A low-rank update of the decoder's linears for image tokens only: see `pyvlm.nn.PartialLoRALinear`.
+
+    The numbers are those of InternLM-XComposer2 (arXiv 2401.16420). Fused projections (queries, keys and
+    values; gate and up) have one update. Experts have none.
+    """
+
+    rank: Size = 256
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    dropout: Dropout = 0.05
+    modules: list[Literal["attention", "mlp"]] = Field(default=["attention", "mlp"], min_length=1)
+
+
+class LoRAConfig(Config):
+    """A low-rank update of the decoder's linears (arXiv 2106.09685), by peft. Experts have none.
+
+    The numbers are those of LLaVA 1.5's fine-tuning.
+    """
+
+    rank: Size = 128
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    dropout: Dropout = 0.05
+    target_modules: list[str] = Field(
+        default=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], min_length=1
+    )
+
+
 class LanguageConfig(Config):
     """A pre-norm decoder: RMSNorm, rotary positions, grouped-query span attention, SwiGLU or experts."""
 
@@ -116,6 +145,8 @@ class LanguageConfig(Config):
     logit_softcap: Annotated[float, Field(gt=0)] | None = None
     tie_embeddings: bool = True
     moe: MoEConfig | None = None
+    partial_lora: PartialLoRAConfig | None = None
+    lora: LoRAConfig | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -125,12 +156,35 @@ class LanguageConfig(Config):
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_heads
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers that have experts, in their order."""
+        if self.moe is None:
+            return []
+        assert not isinstance(self.moe.layers, str), "_fill_in has named them"
+        return sorted(set(self.moe.layers))
+
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, or None where it sees everything that the rule lets it see."""
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
+    @field_validator("moe")
+    @classmethod
+    def _fill_in(cls, moe: MoEConfig | None, info: ValidationInfo) -> MoEConfig | None:
+        """Which layers and which width are meant, where the experts' configuration leaves it to the model."""
+        if moe is None or not {"num_layers", "intermediate_size"} <= info.data.keys():
+            return moe
+        changes: dict[str, Any] = {}
+        if moe.layers == "every_second":
+            changes["layers"] = list(range(0, info.data["num_layers"], 2))
+        if moe.intermediate_size is None:
+            changes["intermediate_size"] = info.data["intermediate_size"]
+        return moe.model_copy(update=changes)
+
     @model_validator(mode="after")
     def _consistent(self) -> "LanguageConfig":
+        if self.lora is not None and self.partial_lora is not None:
+            raise ValueError("lora and partial_lora are both given: a model has one kind of update or none")
         causal_rules = [rule for rule in RULES if rule != "bidirectional"]
         if self.attention_rule not in causal_rules:
             raise ValueError(
@@ -149,7 +203,7 @@ class LanguageConfig(Config):
             raise ValueError("window_layers without a window")
         for what, layers in (
             ("window_layers", self.window_layers),
-            ("moe.layers", self.moe and self.moe.layers),
+            ("moe.layers", self.moe_layers),
         ):
             if bad := [i for i in layers or [] if not 0 <= i < self.num_layers]:
                 raise ValueError(f"{what} {bad} do not exist; the layers are 0 to {self.num_layers - 1}")

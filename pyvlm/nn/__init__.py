@@ -9,7 +9,7 @@ from pyvlm.nn.loss import LinearCrossEntropy
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
-from pyvlm.nn.partial_lora import PartialLoRALinear
+from pyvlm.nn.partial_lora import ImageTokens, PartialLoRALinear
 from pyvlm.nn.projector import build_projector
 from pyvlm.nn.qformer import QFormer, QFormerFusion
 from pyvlm.nn.spatial_aggregator import SpatialVisionAggregator
@@ -17,6 +17,7 @@ from pyvlm.nn.spatial_aggregator import SpatialVisionAggregator
 __all__ = [
     "EncoderFeatures",
     "FeatureFusion",
+    "ImageTokens",
     "KeyValueCache",
     "Linear",
     "LinearCrossEntropy",
