@@ -17,6 +17,7 @@ from pyvlm.models.connector_config import QFormerConnectorConfig, ResamplerConfi
 from pyvlm.models.images import load_image
 from pyvlm.models.parts import hash_parts
 from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.models.upcycling import upcycle
 from pyvlm.models.vlm import VLM, VLMOutput
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "hash_parts",
     "load_image",
     "merge_lora",
+    "upcycle",
     "with_adapters",
     "word_level_tokenizer",
 ]
