@@ -129,7 +129,7 @@ def _kind(connector: Any) -> str | None:
 
 
 Connector = Annotated[
-    Annotated[Projector | Literal["none"], Tag("projector")]
+    Annotated[Literal[Projector, "none"], Tag("projector")]
     | Annotated[ResamplerConfig, Tag("resampler")]
     | Annotated[QFormerConnectorConfig, Tag("qformer")]
     | Annotated[SVAConfig, Tag("sva")],

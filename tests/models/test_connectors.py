@@ -134,6 +134,28 @@ def test_saved_and_reloaded(tmp_path: Path, name: str) -> None:
     assert_conforms(again(input_ids, images, real).logits, model(input_ids, images, real).logits)
 
 
+def test_the_numbers_reach_the_modules() -> None:
+    sva = {"type": "sva", "queries": 4, "hidden_dim": 12, "num_heads": 3, "num_layers": 1, "separate": True}
+    config = config_of("sva").model_dump()
+    aggregators = [
+        VLM(VLMConfig.model_validate(config | {"connector": sva | windows})).connector[0]
+        for windows in ({}, {"windows": [3, 1]})
+    ]
+    assert [a.targets for a in aggregators] == [[(2, 2), (4, 4)], [(6, 6), (2, 2)]]
+    assert [a.layers[0].window_sides for a in aggregators] == [(1, 2), (3, 1)]
+    assert (len(aggregators[0].layers), aggregators[0].layers[0].num_heads) == (1, 3)
+    assert aggregators[0].layers[0].separate
+
+    options = {"hidden_dim": 12, "num_layers": 3, "num_heads": 3, "intermediate_dim": 7}
+    options |= {"cross_attention_frequency": 3, "type": "qformer", "queries": 5}
+    qformer, projection = VLM(VLMConfig.model_validate(config | {"connector": options})).connector
+    assert qformer.queries.shape == (5, 12)
+    assert [layer.cross_attention is None for layer in qformer.layers] == [False, True, True]
+    assert qformer.layers[0].mlp[0].out_features == 7
+    assert qformer.layers[0].attention.num_heads == 3
+    assert projection.weight.shape == (16, 12)
+
+
 def test_parts_hold_the_connector_once() -> None:
     for name in CONNECTORS:
         model = model_of(name)
