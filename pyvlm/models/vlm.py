@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from pyvlm.layout import TokenLayout
 from pyvlm.models import checkpoint, generation
+from pyvlm.models.adapters import inject_adapters
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
 from pyvlm.models.language import LanguageModel
+from pyvlm.models.parts import split_parts
 from pyvlm.models.positions import grid_cells, position_ids
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
@@ -68,6 +70,7 @@ class VLM(nn.Module):
             columns = max(columns for _, columns in config.token_grids)
             self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
+        inject_adapters(self.language, config.backend)  # last: they start in their own way
 
     def forward(
         self,
@@ -131,14 +134,14 @@ class VLM(nn.Module):
     ) -> tuple[Tensor, list[MoEStats]]:
         """The last hidden states [B, L, hidden] before the head; arguments as in `forward`, unchecked."""
         embeds_BLC = self.language.embed_tokens(input_ids)
+        num_image_tokens = 0
         if images is not None and len(images):
-            features_NTC = self.image_features(images).to(embeds_BLC.dtype)
+            features_RC = self.image_features(images).to(embeds_BLC.dtype).flatten(0, 1)
+            num_image_tokens = len(features_RC)
             is_image_BL = input_ids == self.config.image_token_id
-            embeds_BLC = place_image_tokens(
-                embeds_BLC, features_NTC.flatten(0, 1), is_image_BL, backend=self.config.backend
-            )
+            embeds_BLC = place_image_tokens(embeds_BLC, features_RC, is_image_BL, backend=self.config.backend)
         positions_BK = position_ids(layout, self.config.position_scheme, [self.config.token_grids])
-        return self.language(embeds_BLC, layout, cache, positions_BK)
+        return self.language(embeds_BLC, layout, cache, positions_BK, num_image_tokens)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]."""
@@ -165,20 +168,16 @@ class VLM(nn.Module):
         for layer, *stats in zip(self._moe_layers(), *moe_stats, strict=True):
             layer.update_router(*stats)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of each part, to freeze it or set its learning rate; each is in one part."""
-        experts = [parameter for layer in self._moe_layers() for parameter in layer.parameters()]
-        in_experts = {id(parameter) for parameter in experts}
-        return {
-            "vision": list(self.vision_towers.parameters()),
-            "fusion": list(self.fusion.parameters()),
-            "connector": [
-                *self.connector.parameters(),
-                *([] if self.column_embedding is None else self.column_embedding.parameters()),
-            ],
-            "language": [p for p in self.language.parameters() if id(p) not in in_experts],
-            "moe": experts,
-        }
+    def parts(self, by_tower: bool = False) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part, to freeze it or set its learning rate; each is in one part.
+
+        "vision", "fusion", "connector" (with the embedding of columns), "language", "moe" (experts and their
+        routers) and, where the model has them, "partial_lora" and "lora".
+
+        Args:
+            by_tower: in place of "vision" a part for each tower, "vision.NAME".
+        """
+        return split_parts(self, by_tower)
 
     def save_pretrained(self, folder: str | os.PathLike[str], processor: Processor | None = None) -> None:
         """Writes config.json, model.safetensors and the processor's files, all of them or nothing.

@@ -75,7 +75,7 @@ def report_experts(
         raise ValueError("the model has no mixture-of-experts layers: language.moe is not in its config")
     model.eval()
     device = next(model.parameters()).device
-    layers = sorted(set(moe.layers))
+    layers = model.config.language.moe_layers
     shape = len(layers), len(MODALITIES), moe.num_experts
     dispatched, dropped = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     unrouted = torch.zeros(shape[:2], dtype=torch.int64)

@@ -123,8 +123,7 @@ def _dialogue(transcript: Transcript) -> dict[str, Any]:
 
 
 def _expert_layers(findings: Findings) -> list[dict[str, Any]]:
-    moe = findings.recipe.model.language.moe
-    layers = sorted(moe.layers) if moe is not None else []
+    layers = findings.recipe.model.language.moe_layers
     return [{"layer": layer, "load": load} for layer, load in zip(layers, findings.expert_load, strict=True)]
 
 
