@@ -1,5 +1,6 @@
 """Modules made of `pyvlm.ops`: parameters and wiring, no kernel logic."""
 
+from pyvlm.nn.anyres import AnyResPacker
 from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.experts import SoftMoE
@@ -14,6 +15,7 @@ from pyvlm.nn.projector import build_projector
 from pyvlm.nn.qformer import QFormer, QFormerFusion
 
 __all__ = [
+    "AnyResPacker",
     "EncoderFeatures",
     "FeatureFusion",
     "KeyValueCache",
