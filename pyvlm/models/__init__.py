@@ -12,6 +12,7 @@ from pyvlm.models.config import (
 )
 from pyvlm.models.images import load_image
 from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.vlm import VLM, VLMOutput
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MoEConfig",
     "Processor",
     "ProcessorConfig",
+    "TilingConfig",
     "TransformersConfig",
     "VLMConfig",
     "VLMOutput",
