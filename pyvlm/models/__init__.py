@@ -17,6 +17,7 @@ from pyvlm.models.connector_config import QFormerConnectorConfig, ResamplerConfi
 from pyvlm.models.images import load_image
 from pyvlm.models.parts import hash_parts
 from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.upcycling import upcycle
 from pyvlm.models.vlm import VLM, VLMOutput
 
@@ -34,6 +35,7 @@ __all__ = [
     "QFormerConnectorConfig",
     "ResamplerConfig",
     "SVAConfig",
+    "TilingConfig",
     "TransformersConfig",
     "VLMConfig",
     "VLMOutput",

@@ -9,6 +9,7 @@ from pyvlm.layout import RULES
 from pyvlm.models.connector_config import Connector, QFormerConfig, ResamplerConfig, SVAConfig
 from pyvlm.models.encoders import Pair
 from pyvlm.models.positions import PositionScheme
+from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
 from pyvlm.nn.fusion import Method
 from pyvlm.nn.moe_options import (
@@ -214,6 +215,7 @@ class VLMConfig(Config):
     """Vision towers → fusion → connector → language model."""
 
     image: ImageConfig
+    tiling: TilingConfig | None = None  # None: every image is one square of image.size
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
     connector: Connector = "mlp2x_gelu"  # a projector of each token, or what reads them into others
@@ -225,7 +227,7 @@ class VLMConfig(Config):
 
     @property
     def tokens_per_image(self) -> int:
-        """Placeholders that each image takes in `input_ids`."""
+        """Placeholders that each image takes in `input_ids`; with `tiling`, the tokens of a tile."""
         return sum(math.prod(grid) for grid in self.token_grids)
 
     @property
@@ -283,6 +285,8 @@ class VLMConfig(Config):
                 f"language model, {self.language.hidden_size}"
             )
         self._check_connector()
+        if self.tiling is not None:
+            self._check_tiling(self.tiling)
         if self.image_token_id >= self.language.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of "
@@ -310,6 +314,19 @@ class VLMConfig(Config):
             if deep := [tower.name for tower in self.vision_towers if tower.downsample]:
                 raise ValueError(f'connector "sva" resizes maps itself: leave out downsample of {deep}')
             connector.windows_of([tower.grid(self.image.size) for tower in self.vision_towers])
+
+    def _check_tiling(self, tiling: TilingConfig) -> None:
+        if len(self.token_grids) > 1 or self.token_grids[0][0] != self.token_grids[0][1]:
+            raise ValueError(
+                "tiling needs one square map of tokens a tile, and an image has the maps "
+                f"{list(self.token_grids)}"
+            )
+        tiling.check(self.image.size, self.tokens_per_image)
+        if self.position_scheme.startswith("share-by-row"):
+            raise ValueError(
+                f"position_scheme {self.position_scheme!r} does not go with tiling, whose images differ in "
+                'their rows: take "all" or "share-all"'
+            )
 
     def without_sources(self) -> "VLMConfig":
         """The same without the folders that towers start from: what to keep once their weights are there."""

@@ -18,6 +18,8 @@ def split_parts(model: "VLM", by_tower: bool = False) -> dict[str, list[nn.Param
     connector = list(model.connector.parameters())
     if model.column_embedding is not None:
         connector += model.column_embedding.parameters()
+    if model.image_packer is not None:
+        connector += model.image_packer.parameters()
     parts = {
         **(towers if by_tower else {"vision": [p for tower in towers.values() for p in tower]}),
         "fusion": list(model.fusion.parameters()),

@@ -1,5 +1,6 @@
 """Modules made of `pyvlm.ops`: parameters and wiring, no kernel logic."""
 
+from pyvlm.nn.anyres import AnyResPacker
 from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.experts import SoftMoE
@@ -15,6 +16,7 @@ from pyvlm.nn.qformer import QFormer, QFormerFusion
 from pyvlm.nn.spatial_aggregator import SpatialVisionAggregator
 
 __all__ = [
+    "AnyResPacker",
     "EncoderFeatures",
     "FeatureFusion",
     "ImageTokens",

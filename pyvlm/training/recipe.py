@@ -144,7 +144,11 @@ class Recipe(Config):
         """The tokenizer and the image preprocessing of this recipe."""
         return Processor(
             words_of(stage.data.source for stage in self.stages.values()),
-            ProcessorConfig(image=self.model.image, tokens_per_image=self.model.tokens_per_image),
+            ProcessorConfig(
+                image=self.model.image,
+                tiling=self.model.tiling,
+                tokens_per_image=self.model.tokens_per_image,
+            ),
         )
 
     def _words(self) -> int:

@@ -196,8 +196,8 @@ def test_grids_of_queries_have_rows_for_position_schemes(name: str) -> None:
         ("sva", {"connector": {"type": "sva", "querys": 4}}, "connector.sva.querys"),
         ("sva", {"connector": {"type": "svd"}}, "expected a projector's name, or a mapping whose type is"),
         ("sva", {"connector": {"queries": 4}}, "expected a projector's name, or a mapping whose type is"),
-        ("sva", {"connector": "mlp"}, "'linear', 'mlp2x_gelu'"),
-        ("sva", {"connector": 3}, "'linear', 'mlp2x_gelu'"),
+        ("sva", {"connector": "mlp"}, "'linear', 'linear_layernorm', 'mlp2x_gelu'"),
+        ("sva", {"connector": 3}, "'linear', 'linear_layernorm', 'mlp2x_gelu'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
