@@ -1,6 +1,7 @@
 """The parts of a model that learn or stay as they are, each apart from the others."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,36 +12,40 @@ from pyvlm.nn.moe import MoE
 if TYPE_CHECKING:
     from pyvlm.models.vlm import VLM
 
+# Those that every model has; one may be empty.
+PARTS = ("vision", "fusion", "connector", "language", "moe")
 
-def split_parts(model: "VLM", by_tower: bool = False) -> dict[str, list[nn.Parameter]]:
+
+def split_parts(model: "VLM", finer: Sequence[str] = ()) -> dict[str, list[nn.Parameter]]:
     """See `VLM.parts`."""
-    towers = {f"vision.{name}": list(tower.parameters()) for name, tower in model.vision_towers.items()}
-    connector = list(model.connector.parameters())
-    if model.column_embedding is not None:
-        connector += model.column_embedding.parameters()
-    if model.image_packer is not None:
-        connector += model.image_packer.parameters()
-    parts = {
-        **(towers if by_tower else {"vision": [p for tower in towers.values() for p in tower]}),
-        "fusion": list(model.fusion.parameters()),
-        "connector": connector,
-        "language": [],
-        "moe": [],
-    }
+    modules: list[tuple[str, nn.Module | None]] = [
+        *((f"vision.{name}", tower) for name, tower in model.vision_towers.items()),
+        ("fusion", model.fusion),
+        ("connector", model.connector),
+        ("connector", model.column_embedding),
+        ("connector", model.image_packer),
+    ]
+    named = [(part, p) for part, module in modules if module is not None for p in module.parameters()]
     layers = [module for module in model.language.modules() if isinstance(module, MoE)]
     in_experts = {id(parameter) for layer in layers for parameter in layer.parameters()}
     for name, parameter in model.language.named_parameters():
-        parts.setdefault(_part_of_language(name, id(parameter) in in_experts), []).append(parameter)
+        named.append((_part_of_language(name, id(parameter) in in_experts), parameter))
+    possible = {part for part, _ in named if "." in part}
+    if unknown := [part for part in finer if part not in possible]:
+        raise ValueError(f"part {unknown[0]!r} is unknown; expected one of {', '.join(sorted(possible))}")
+    parts: dict[str, list[nn.Parameter]] = {name: [] for name in PARTS}
+    for part, parameter in named:
+        parts.setdefault(part if part in finer else part.partition(".")[0], []).append(parameter)
     return parts
 
 
-def hash_parts(model: "VLM", by_tower: bool = False) -> dict[str, str]:
+def hash_parts(model: "VLM", finer: Sequence[str] = ()) -> dict[str, str]:
     """SHA-256 of each part's parameters, type, shape and bits: equal where nothing has learned.
 
     Args:
-        by_tower: as in `VLM.parts`.
+        finer: as in `VLM.parts`.
     """
-    return {part: _hash(parameters) for part, parameters in model.parts(by_tower).items()}
+    return {part: _hash(parameters) for part, parameters in model.parts(finer).items()}
 
 
 def _part_of_language(name: str, in_experts: bool) -> str:
@@ -50,6 +55,8 @@ def _part_of_language(name: str, in_experts: bool) -> str:
         return "partial_lora"
     if ".lora_A." in name or ".lora_B." in name:  # peft's names
         return "lora"
+    if name.startswith(("embed_tokens.", "lm_head.")):
+        return "language.embeddings"
     return "language"
 
 

@@ -5,6 +5,7 @@ With tiling (`VLMConfig.tiling`), M base views and tiles stand in for the N imag
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,16 +187,20 @@ class VLM(nn.Module):
         for layer, *stats in zip(self._moe_layers(), *moe_stats, strict=True):
             layer.update_router(*stats)
 
-    def parts(self, by_tower: bool = False) -> dict[str, list[nn.Parameter]]:
+    def parts(self, finer: Sequence[str] = ()) -> dict[str, list[nn.Parameter]]:
         """The parameters of each part, to freeze it or set its learning rate; each is in one part.
 
-        "vision", "fusion", "connector" (with the embedding of columns), "language", "moe" (experts and their
-        routers) and, where the model has them, "partial_lora" and "lora".
+        "vision", "fusion", "connector" (with the embedding of columns and the newline row), "language", "moe"
+        (experts and their routers) and, where the model has them, "partial_lora" and "lora".
 
         Args:
-            by_tower: in place of "vision" a part for each tower, "vision.NAME".
+            finer: pieces to take out of these as parts of their own: "vision.NAME", a tower, and
+                "language.embeddings", those of the tokens and the head.
+
+        Raises:
+            ValueError: there is no such piece.
         """
-        return split_parts(self, by_tower)
+        return split_parts(self, finer)
 
     def save_pretrained(self, folder: str | os.PathLike[str], processor: Processor | None = None) -> None:
         """Writes config.json, model.safetensors and the processor's files, all of them or nothing.

@@ -1,5 +1,6 @@
 """Which parameters belong to which part, and that a locked part stays bit for bit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_vlm import batch, pictures, tiny_vlm, tokens
 from pyvlm.models import VLM, LoRAConfig, PartialLoRAConfig, hash_parts, with_adapters
 
 COARSE = ["vision", "fusion", "connector", "language", "moe"]
-BY_TOWER = ["vision.vit", "vision.conv", *COARSE[1:]]
+FINER = ("vision.conv", "language.embeddings")
 
 
 def model_of(kind: str) -> VLM:
@@ -24,10 +25,10 @@ def model_of(kind: str) -> VLM:
     return with_adapters(model, **adapters[kind])
 
 
-def step(model: VLM, parts: list[str], by_tower: bool) -> None:
+def step(model: VLM, parts: list[str], finer: Sequence[str] = ()) -> None:
     """One optimizer step in which only `parts` learn."""
     learning = []
-    for name, parameters in model.parts(by_tower).items():
+    for name, parameters in model.parts(finer).items():
         for parameter in parameters:
             parameter.requires_grad_(name in parts)
         learning += parameters if name in parts else []
@@ -37,36 +38,44 @@ def step(model: VLM, parts: list[str], by_tower: bool) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("by_tower", [False, True])
+@pytest.mark.parametrize("finer", [(), FINER])
 @pytest.mark.parametrize("kind", ["plain", "lora", "partial_lora"])
-def test_each_parameter_is_in_one_part(kind: str, by_tower: bool) -> None:
+def test_each_parameter_is_in_one_part(kind: str, finer: Sequence[str]) -> None:
     model = model_of(kind)
-    parts = model.parts(by_tower)
-    assert list(parts) == (BY_TOWER if by_tower else COARSE) + ([] if kind == "plain" else [kind])
+    parts = model.parts(finer)
+    assert set(parts) == {*COARSE, *finer, kind} - {"plain"}
     assert all(parts.values())
     ids = [id(p) for parameters in parts.values() for p in parameters]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(p) for p in model.parameters()}
-    if by_tower:
-        assert [*parts["vision.vit"], *parts["vision.conv"]] == model.parts()["vision"]
+    if finer:
+        assert parts["vision.conv"] == list(model.vision_towers["conv"].parameters())
+        assert parts["vision"] == list(model.vision_towers["vit"].parameters())
+        heads = [model.language.embed_tokens.weight, model.language.lm_head.weight]
+        assert {id(p) for p in parts["language.embeddings"]} == {id(p) for p in heads}
 
 
-@pytest.mark.parametrize("part", [*COARSE, "vision.conv", "lora", "partial_lora"])
+def test_an_unknown_piece_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'vision\.vat' is unknown; expected one of language\.embeddings"):
+        model_of("plain").parts(["vision.vat"])
+
+
+@pytest.mark.parametrize("part", [*COARSE, *FINER, "lora", "partial_lora"])
 def test_what_is_locked_stays_bit_for_bit(part: str) -> None:
     model = model_of(part if "lora" in part else "plain")
-    by_tower = "." in part
-    before = hash_parts(model, by_tower)
-    step(model, [part], by_tower)
-    after = hash_parts(model, by_tower)
+    finer = [part] if "." in part else []
+    before = hash_parts(model, finer)
+    step(model, [part], finer)
+    after = hash_parts(model, finer)
     assert [name for name in before if before[name] != after[name]] == [part]
 
 
 def test_locked_image_tuning() -> None:
     """LiT (arXiv 2111.07991): all but the encoders learns; here, all but one of them too."""
     model = model_of("plain")
-    before = hash_parts(model, by_tower=True)
-    step(model, [name for name in before if name != "vision.vit"], by_tower=True)
-    after = hash_parts(model, by_tower=True)
+    before = hash_parts(model, ["vision.vit"])
+    step(model, [name for name in before if name != "vision.vit"], ["vision.vit"])
+    after = hash_parts(model, ["vision.vit"])
     assert [name for name in before if before[name] == after[name]] == ["vision.vit"]
 
 
