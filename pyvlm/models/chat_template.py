@@ -43,7 +43,8 @@ class ChatTemplate:
     """Writes dialogues by a Jinja chat template.
 
     What is learnt of an assistant's turn is its content and what follows up to the end token, the first
-    control token behind the content; where the template marks answers by {% generation %}, what is marked.
+    control token behind the content, and the space before it where the generation prompt leaves this to the
+    model ("ASSISTANT:"); where the template marks answers by {% generation %}, what is marked.
 
     A token that covers both the last characters before an answer and the first of it (": (" may be one) is
     learnt, as it is generated in answering.
@@ -92,6 +93,7 @@ class ChatTemplate:
         self.end_token, self._ending = self._find_ending(literals)
         self._check_generation(text, spans)
         self._marked = bool(spans)
+        self._opening = self._find_opening(literals)
         self.end_token_id = ids[self.end_token]
 
     def write(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Written:
@@ -216,14 +218,15 @@ class ChatTemplate:
                 if not own:
                     raise ValueError(f"message {number}: an answer must hold text")
                 together = [places[unit] - places[first] for unit in range(first, last + 1)]
-                if together != list(range(len(own))) or not literals[places[last] + 1].startswith(
-                    self._ending
-                ):
+                before, behind = literals[places[first]], literals[places[last] + 1]
+                usual = before.endswith(self._opening) and behind.startswith(self._ending)
+                if not usual or together != list(range(len(own))):
                     raise ValueError(
-                        f"message {number}: the chat template does not end this answer by {self._ending!r} "
-                        "as it ends others: give another template"
+                        f"message {number}: the chat template does not put this answer between "
+                        f"{self._opening!r} and {self._ending!r} as it does others: give another template"
                     )
-                answers.append(Span(spans[first].start, spans[last].stop + len(self._ending)))
+                start, stop = spans[first].start, spans[last].stop
+                answers.append(Span(start - len(self._opening), stop + len(self._ending)))
             first = last + 1
         return answers
 
@@ -291,6 +294,13 @@ class ChatTemplate:
                 f"another template, as text or by name: {', '.join(shipped_templates())}"
             )
         return found[0], after[: found.end()]
+
+    def _find_opening(self, literals: Sequence[str]) -> str:
+        """The space between the generation prompt and an answer, which the model has to write."""
+        turn = Turn("user", ("user",))
+        prompt = self._skeleton([turn], [self._units(turn)], True)[0][-1]
+        opening = literals[1].removeprefix(prompt)
+        return opening if literals[1].startswith(prompt) and opening.isspace() else ""
 
     def _check_generation(self, text: str, spans: Sequence[Span]) -> None:
         """Raises ValueError where there is {% generation %} and it does not hold an answer and its ending."""

@@ -94,17 +94,29 @@ def test_ids_are_those_of_transformers_and_labels_the_answers(name: str, data: s
     assert [run.lstrip() for run in runs] == [text.lstrip() for text in wanted]
 
 
+@pytest.mark.parametrize("content", ["It is white.", "éé", "(yes)"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_learning_starts_where_the_prompt_ends(name: str) -> None:
+def test_learning_starts_where_the_prompt_ends(name: str, content: str) -> None:
     processor, _ = pair(name)
-    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is white."}]
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": content}]
     prompt = processor.encode(messages[:1], add_generation_prompt=True)["input_ids"].tolist()
     sample = processor.encode(messages)
     assert sample["input_ids"].tolist()[: len(prompt)] == prompt
     assert sample["labels"].tolist()[: len(prompt)] == [IGNORED] * len(prompt)
-    assert learnt_runs(sample)[0][0] == sample["input_ids"][len(prompt)]
-    assert processor.decode(sample["input_ids"][len(prompt) :]).strip() == "It is white."
+    assert learnt_runs(sample) == [[i for i in sample["labels"].tolist()[len(prompt) :] if i != IGNORED]]
+    assert sample["labels"][len(prompt)] != IGNORED
+    assert processor.decode(sample["input_ids"][len(prompt) :]).strip() == content
     assert learnt_runs(sample)[0][-1] == processor.end_token_id
+
+
+def test_a_space_of_the_prompt_is_not_learnt(tmp_path: Path) -> None:
+    """The tokenizer's post-processor would put the lone space at the answer's place."""
+    template = "{% for m in messages %}{{ 'A: ' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    folder = write_folder(tmp_path, replace(FAMILIES["chatml"], template=template))
+    processor = Processor.from_transformers(folder, ImageConfig(size=4), 1)
+    sample = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "é"}])
+    assert processor.tokenizer.decode(learnt_runs(sample)[0], skip_special_tokens=False) == "é<|im_end|>"
 
 
 def test_generation_marks_are_those_of_transformers() -> None:
@@ -263,14 +275,14 @@ def test_what_templates_may_call(tmp_path: Path) -> None:
         "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}"
         "{% if n.i > 9 %}{% break %}{% endif %}"
         "{{ dict(a='<').a + strftime_now('%%') + (['<é'] | tojson) + m.content + eos_token }}"
-        "{% endfor %}"
+        "{% endfor %}\n  {% if true %}\n {# nothing #}\nend\n  {% endif %}\n"
     )
     folder = write_folder(tmp_path, replace(FAMILIES["chatml"], template=template))
     processor = Processor.from_transformers(folder, ImageConfig(size=4), 1)
     messages = [{"role": "user", "content": "It"}]
     ids = processor.encode(messages)["input_ids"].tolist()
     assert ids == PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(messages)["input_ids"]
-    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == '<%["<é"]It'
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == '<%["<é"]Itend\n'
 
 
 def test_shipped_templates_are_named() -> None:
