@@ -67,7 +67,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, tokenizer: Tokenizer, special_tokens: Mapping[str, str], image_token: str
     ) -> None:
-        self._template = compile_template(source)
+        self._source = source
         self._special_tokens = dict(special_tokens)
         self._tokenizer = tokenizer
         tokenizer.post_processor = None
@@ -93,7 +93,7 @@ class ChatTemplate:
         self.end_token, self._ending = self._find_ending(literals)
         self._check_generation(text, spans)
         self._marked = bool(spans)
-        self._opening = self._find_opening(literals)
+        self._opening = "" if spans else self._find_opening(literals)
         self.end_token_id = ids[self.end_token]
 
     def write(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Written:
@@ -146,8 +146,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> tuple[str, list[Span]]:
         """What the template writes, and what of it stands in {% generation %}."""
+        template = compile_template(self._source)  # cached there: a compiled one cannot go to other processes
         try:
-            marked = self._template.render(
+            marked = template.render(
                 messages=messages,
                 tools=None,
                 documents=None,

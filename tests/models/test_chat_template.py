@@ -1,5 +1,6 @@
 """Chat templates write what transformers writes, and only the assistant's words are learnt."""
 
+import pickle
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -137,6 +138,15 @@ def test_what_is_marked_is_learnt_to_the_letter(tmp_path: Path) -> None:
     processor = Processor.from_transformers(folder, ImageConfig(size=4), 1)
     sample = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "It"}])
     assert processor.tokenizer.decode(learnt_runs(sample)[0], skip_special_tokens=False) == "It<|im_end|>\n"
+
+
+def test_no_space_is_learnt_that_is_not_marked(tmp_path: Path) -> None:
+    header = "assistant\n' }}"
+    template = MARKED.replace(header, "assistant: ' }}", 1).replace(header, "assistant:' }}")
+    folder = write_folder(tmp_path, replace(FAMILIES["marked"], template=template))
+    processor = Processor.from_transformers(folder, ImageConfig(size=4), 1)
+    sample = processor.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "é"}])
+    assert processor.tokenizer.decode(learnt_runs(sample)[0], skip_special_tokens=False) == "é<|im_end|>"
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.system])
@@ -283,6 +293,13 @@ def test_what_templates_may_call(tmp_path: Path) -> None:
     ids = processor.encode(messages)["input_ids"].tolist()
     assert ids == PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(messages)["input_ids"]
     assert processor.tokenizer.decode(ids, skip_special_tokens=True) == '<%["<é"]Itend\n'
+
+
+def test_processors_go_to_other_processes() -> None:
+    processor, _ = pair("gemma")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It"}]
+    copied = pickle.loads(pickle.dumps(processor))
+    assert copied.encode(messages)["labels"].tolist() == processor.encode(messages)["labels"].tolist()
 
 
 def test_shipped_templates_are_named() -> None:
