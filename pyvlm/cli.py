@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DEMO_FOLDER = "runs/demo"
+GOES_ON = "; the same command goes on from the last checkpoint"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pyvlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\npyvlm: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\npyvlm: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each sub-command puts its function under `run`."""
     parser = argparse.ArgumentParser(prog="pyvlm", description="Fast, exact vision-language models.")
+    parser.set_defaults(after_interrupt="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train a small model on digits, evaluate it, write a report")
@@ -50,14 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path(DEMO_FOLDER), help=f"run folder (default {DEMO_FOLDER})"
     )
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_demo, after_interrupt=GOES_ON)
 
     train = commands.add_parser("train", help="train a recipe, from its last checkpoint where there is one")
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     train.add_argument("--variant", help="an entry of the recipe's variants")
     train.add_argument("--seed", type=_natural, help="in place of the recipe's")
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, after_interrupt=GOES_ON)
 
     evaluate = commands.add_parser("eval", help="accuracy on held-out digits by kind of question")
     evaluate.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
@@ -65,10 +67,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=_natural, default=0, help="of the dialogues (default 0)")
     evaluate.set_defaults(run=run_eval)
 
-    chat = commands.add_parser("chat", help="ask about pictures on disk")
+    chat = commands.add_parser("chat", help="ask about pictures on disk, or about none")
     chat.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
-    chat.add_argument("question", nargs="?", help="left out: several rounds, one question a line")
+    chat.add_argument("question", nargs="?", help="left out: several rounds, one question a line; see /help")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="give it once a picture")
+    chat.add_argument("--system", metavar="TEXT", help="the message that the conversation begins with")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest word always")
+    chat.add_argument("--top-p", type=float, default=1.0, help="draw among words of this share (default 1)")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256, help="of an answer (default 256)")
+    chat.add_argument("--seed", type=_natural, default=0, help="of what is drawn (default 0)")
+    chat.add_argument("--device", default="cpu", help="where to compute, as torch names it (default cpu)")
     chat.set_defaults(run=run_chat)
 
     moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
@@ -119,12 +127,21 @@ def run_eval(options: argparse.Namespace) -> None:
 
 def run_chat(options: argparse.Namespace) -> None:
     from pyvlm.training.chat import Chat, load_model
+    from pyvlm.training.chat_session import ChatSession, complete_with_tab
+    from pyvlm.training.replies import Sampling
 
-    if not options.image:
-        raise ValueError("chat needs at least one picture: give --image FILE, once a picture")
-    model, processor = load_model(options.model)
-    chat = Chat(model, processor, options.image, tell=lambda line: print(f"pyvlm: {line}", file=sys.stderr))
-    chat.interact([options.question] if options.question else _typed_questions(), say=print)
+    model, processor = load_model(options.model, options.device)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    chat = Chat(model, processor, options.image, _tell, sampling, options.system)
+    interactive = options.question is None and sys.stdin.isatty()
+    session = ChatSession(chat, input if interactive else lambda _: input(), _write, _tell, interactive)
+    if options.question is not None:
+        session.answer(options.question)
+        return
+    if interactive:
+        complete_with_tab(session)
+        _tell("ask away; /image PATH shows a picture, /help tells the rest, Ctrl-D ends")
+    session.run()
 
 
 def run_moe_report(options: argparse.Namespace) -> None:
@@ -151,17 +168,12 @@ def run_env(options: argparse.Namespace) -> None:
     print("\n".join(_outline(build_info())))
 
 
-def _typed_questions() -> Iterator[str]:
-    """Lines from the terminal, or from whatever is piped in, until its end."""
-    prompt = ""
-    if sys.stdin.isatty():
-        print("Ask about the images; end with Ctrl-D.", file=sys.stderr)
-        prompt = "> "
-    while True:
-        try:
-            yield input(prompt)
-        except EOFError:
-            return
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _tell(line: str) -> None:
+    print(f"pyvlm: {line}", file=sys.stderr)
 
 
 def _outline(content: Mapping[str, Any], depth: int = 0) -> Iterator[str]:

@@ -63,6 +63,37 @@ def test_chat_holds_several_rounds(demo, capsys, monkeypatch):
     assert complaints == "pyvlm: the model does not know the words: zebra\n"
 
 
+def test_chat_takes_commands_from_a_pipe_and_goes_on_after_mistakes(demo, tmp_path, capsys, monkeypatch):
+    folder, _ = demo
+    image = next((folder / "images").iterdir())
+    lines = ["which digit", "/image no.png", f"/image {image}", "which digit is in image 1?", "/fly"]
+    lines.append(f"/save {tmp_path / 'chat.json'}")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    options = ["--temperature", "1", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "4"]
+    assert main(["chat", str(folder), *options]) == 0
+    answers, complaints = capsys.readouterr()
+    assert len(answers.splitlines()) == 2
+    assert [line.split(" ")[1] for line in complaints.splitlines()] == ["image", "/fly", "saved"]
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [
+        message["content"] for message in messages if message["role"] == "assistant"
+    ] == answers.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be at least 0"),
+        (["--top-p", "2"], "top_p must be above 0"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--system", "be kind"], "the role must be"),
+    ],
+)
+def test_chat_refuses_wrong_options(demo, options, message, capsys):
+    assert main(["chat", str(demo[0]), "which digit", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_eval_prints_the_table(demo, capsys):
     folder, _ = demo
     assert main(["eval", str(folder / "model"), "--dialogues", "8"]) == 0
@@ -98,7 +129,7 @@ def test_env_tells_versions_and_backends(capsys):
     ("arguments", "message"),
     [
         (["chat", "no/such/run", "--image", "a.png", "hi"], "no/such/run holds no model"),
-        (["chat", "no/such/run", "hi"], "at least one picture"),
+        (["chat", "no/such/run", "hi"], "no/such/run holds no model"),
         (["eval", "no/such/run"], "holds no model"),
         (["train", "no/such/recipe"], "no/such/recipe: cannot be read"),
         (["train", "demo", "--variant", "slow"], "no variant 'slow'"),
