@@ -5,8 +5,10 @@ so that `pyvlm --help` is quick.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of one command line."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    # Until Python 3.13 argparse takes chat's question for absent where options stand between it and MODEL.
-    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "question", "") is None:
-        options.question = rest.pop()
+    # Until Python 3.13 argparse takes a second, optional argument for absent where options stand before it.
+    for name, kind in (("question", str), ("data", Path)):
+        if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, name, "") is None:
+            setattr(options, name, kind(rest.pop()))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
@@ -61,10 +64,26 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
     train.set_defaults(run=run_train, after_interrupt=GOES_ON)
 
-    evaluate = commands.add_parser("eval", help="accuracy on held-out digits by kind of question")
+    evaluate = commands.add_parser("eval", help="how many questions a model answers right, by their kind")
     evaluate.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
-    evaluate.add_argument("--dialogues", type=_positive, default=400, help="how many (default 400)")
-    evaluate.add_argument("--seed", type=_natural, default=0, help="of the dialogues (default 0)")
+    evaluate.add_argument(
+        "data",
+        metavar="DATA",
+        type=Path,
+        nargs="?",
+        help="a file of VQA records or conversations, .json or .jsonl; left out: held-out digits",
+    )
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    evaluate.add_argument("--dialogues", type=_positive, help="about digits, how many (default 400)")
+    evaluate.add_argument("--seed", type=_natural, help="of the dialogues about digits (default 0)")
+    file = evaluate.add_argument_group("with DATA")
+    file.add_argument("--limit", type=_positive, help="at most so many questions")
+    file.add_argument("--batch-size", type=_positive, default=16, help="questions at a time (default 16)")
+    file.add_argument("--max-new-tokens", type=_positive, default=64, help="of an answer (default 64)")
+    file.add_argument("--instruction", default="", metavar="TEXT", help="a line behind every question")
+    file.add_argument("--predictions", type=Path, metavar="FILE", help="write each answer as a line of JSON")
+    file.add_argument("--strict", action="store_true", help="stop at the first bad record, do not skip it")
+    evaluate.add_argument("--device", default="cpu", help="where to compute, as torch names it (default cpu)")
     evaluate.set_defaults(run=run_eval)
 
     chat = commands.add_parser("chat", help="ask about pictures on disk, or about none")
@@ -114,15 +133,46 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_eval(options: argparse.Namespace) -> None:
     from pyvlm.training.chat import load_model
+
+    _check_folders(options.json, options.predictions)
+    if options.data is not None and (options.dialogues or options.seed is not None):
+        raise ValueError("--dialogues and --seed are of held-out digits: leave them out, or DATA")
+    model, processor = load_model(options.model, options.device)
+    evaluate = _eval_digits if options.data is None else _eval_file
+    results = evaluate(options, model, processor)
+    if options.json is not None:
+        about = {"model": str(options.model), "data": str(options.data or "held-out digits")}
+        options.json.write_text(json.dumps(about | results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _eval_digits(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
     from pyvlm.training.demo import format_table
     from pyvlm.training.digits import DigitDialogues, DigitsConfig
     from pyvlm.training.evaluate import accuracy_table, commonest_answers, evaluate
 
-    model, processor = load_model(options.model)
-    data = DigitsConfig()
-    dialogues = DigitDialogues("test", data, options.seed).batch(0, range(options.dialogues))
-    table = accuracy_table(evaluate(model, processor, dialogues), commonest_answers(data, options.seed))
+    if processor.config.image.channels != 1:
+        raise ValueError(f"{options.model} was not trained on digits: give DATA, a file of questions")
+    data, seed = DigitsConfig(), options.seed or 0
+    dialogues = DigitDialogues("test", data, seed).batch(0, range(options.dialogues or 400))
+    table = accuracy_table(evaluate(model, processor, dialogues), commonest_answers(data, seed))
     print(format_table(table))
+    return {"results": table}
+
+
+def _eval_file(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
+    from pyvlm.training.vqa import Skipped, read_questions
+    from pyvlm.training.vqa_evaluation import answer_questions, format_rows, keep_predictions, summarize
+
+    skipped = Skipped(_tell, options.strict)
+    settings = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "instruction")}
+    questions = list(islice(read_questions(options.data, skipped), options.limit))
+    predictions = answer_questions(model, processor, questions, skipped, **settings)
+    kept = keep_predictions(predictions, options.predictions)
+    if skipped.counts:
+        _tell(skipped.summary())
+    rows = summarize(kept)
+    print(format_rows(rows))
+    return {"settings": settings, "skipped": dict(skipped.counts), "results": rows}
 
 
 def run_chat(options: argparse.Namespace) -> None:
@@ -150,9 +200,7 @@ def run_moe_report(options: argparse.Namespace) -> None:
     from pyvlm.training.moe_report import format_report, report_experts, write_json
     from pyvlm.training.samples import read_samples
 
-    for path in (options.json, options.png):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    _check_folders(options.json, options.png)
     model, processor = load_model(options.model)
     report = report_experts(model, processor, read_samples(options.data, processor, options.dialogues))
     print(format_report(report, options.top))
@@ -166,6 +214,13 @@ def run_env(options: argparse.Namespace) -> None:
     from pyvlm._build_info import build_info
 
     print("\n".join(_outline(build_info())))
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Before the work begins, and not when its results are to be written."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
 
 
 def _write(piece: str) -> None:
