@@ -167,8 +167,10 @@ def _conversation(record: Mapping[str, Any], folder: Path) -> Messages:
     """The messages of a record, with paths of images that there are."""
     is_llava = "messages" not in record
     turns = record.get("conversations" if is_llava else "messages")
-    if not isinstance(turns, list) or not turns:
-        raise BadRecord("no question", "expected question, messages or conversations")
+    if not isinstance(turns, list):
+        raise BadRecord("no conversation", "expected question, messages or conversations")
+    if not turns:
+        raise BadRecord("zero turns")
     images = iter(_images(record))
     messages: Messages = []
     for number, turn in enumerate(turns):
@@ -211,4 +213,4 @@ def _image_part(image: Any, folder: Path) -> dict[str, Any]:
         raise BadRecord("missing image", f"expected a path, got {type(image).__name__}")
     if not (folder / image).is_file():
         raise BadRecord("missing image", f"there is no file {folder / image}")
-    return {"type": "image", "image": folder / image}
+    return {"type": "image", "image": str(folder / image)}

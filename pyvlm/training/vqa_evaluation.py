@@ -98,16 +98,18 @@ def _encode(question: Question, processor: Processor, instruction: str, skipped:
 
 def _with_pictures(messages: Messages, image: ImageConfig) -> Messages:
     """The messages with the pictures at their paths, as the model takes them."""
+
+    def read(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image" or not isinstance(part["image"], str):
+            return part
+        return {**part, "image": read_picture(part["image"], image)[0]}
+
     return [
         message
         if isinstance(message["content"], str)
-        else {**message, "content": [_read(part, image) for part in message["content"]]}
+        else {**message, "content": [read(part) for part in message["content"]]}
         for message in messages
     ]
-
-
-def _read(part: dict[str, Any], image: ImageConfig) -> dict[str, Any]:
-    return {**part, "image": read_picture(part["image"], image)[0]} if part["type"] == "image" else part
 
 
 def summarize(predictions: Sequence[Prediction]) -> list[Row]:

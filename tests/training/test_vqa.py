@@ -59,11 +59,12 @@ def test_vqa_records(folder):
         {"image": "a.png", "question": "how many?", "answer": 2},
     )
     questions, skipped, _ = read(path)
+    a, b = (str(folder / name) for name in ("a.png", "b.png"))
     assert [shape(question.messages) for question in questions] == [
-        [("user", [folder / "a.png", "what?"])],
-        [("user", ["is ", folder / "a.png", " as ", folder / "b.png", "?"])],
+        [("user", [a, "what?"])],
+        [("user", ["is ", a, " as ", b, "?"])],
         [("user", "how many?")],
-        [("user", [folder / "a.png", "how many?"])],
+        [("user", [a, "how many?"])],
     ]
     assert [question.answers for question in questions] == [("a cat",), ("yes", "no"), ("2", "3"), ("2",)]
     assert [question.kind for question in questions] == ["object", "", "", ""]
@@ -93,11 +94,11 @@ def test_every_turn_of_the_assistant_is_a_question(folder):
     }
     (folder / "talk.json").write_text(json.dumps([llava, messages], indent=1))
     first, second, third = read(folder / "talk.json")[0]
-    asked = [("system", "be brief"), ("user", [folder / "a.png", "\nwhat?"])]
+    asked = [("system", "be brief"), ("user", [str(folder / "a.png"), "\nwhat?"])]
     assert (shape(first.messages), first.answers) == (asked, ("a cat",))
     assert shape(second.messages) == [*asked, ("assistant", "a cat"), ("user", "where?")]
     assert second.answers == ("on a mat",)
-    assert shape(third.messages) == [("user", [folder / "b.png", folder / "c.png", "which?"])]
+    assert shape(third.messages) == [("user", [str(folder / "b.png"), str(folder / "c.png"), "which?"])]
     assert (third.answers, third.kind) == (("both",), "talk")
     assert third.where.endswith("talk.json, record 2")
 
@@ -110,8 +111,8 @@ BAD = [
     ('{"question": "what?", "answers": [null]}', "no answer"),
     ('{"question": "what?", "answers": "yes"}', "no answer"),
     ('{"question": " ", "answer": "yes"}', "no question"),
-    ('{"what": 1}', "no question"),
-    ('{"messages": []}', "no question"),
+    ('{"what": 1}', "no conversation"),
+    ('{"messages": []}', "zero turns"),
     ('{"question": "what?", "answer": "yes", "image": "d.png"}', "missing image"),
     ('{"question": "what?", "answer": "yes", "image": 3}', "missing image"),
     ('{"question": "<image><image>?", "answer": "yes", "image": "a.png"}', "wrong count of <image>"),
