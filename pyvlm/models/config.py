@@ -145,6 +145,7 @@ class LanguageConfig(Config):
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
     logit_softcap: Annotated[float, Field(gt=0)] | None = None
     tie_embeddings: bool = True
+    max_length: Size | None = None  # tokens of the longest sequence it was trained on; beyond it, chat warns
     moe: MoEConfig | None = None
     partial_lora: PartialLoRAConfig | None = None
     lora: LoRAConfig | None = None

@@ -64,6 +64,22 @@ class KeyValueCache:
         self.length = stop
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
+    def first(self, length: int, max_length: int) -> "KeyValueCache":
+        """A copy that holds the first `length` tokens a row, with room for `max_length`.
+
+        Raises:
+            ValueError: this one holds fewer, or they do not fit.
+        """
+        if not 0 <= length <= min(self.length, max_length):
+            raise ValueError(
+                f"the cache holds {self.length} tokens a row: no copy of {length} with room for {max_length} "
+                "can be made"
+            )
+        copy = KeyValueCache(max_length)
+        if self._keys is not None and self._values is not None:
+            copy.append(self._keys[:, :, :length], self._values[:, :, :length])
+        return copy
+
 
 class SpanAttention(nn.Module):
     """Self-attention in which `AttentionSpans` say which keys each token sees.
