@@ -153,9 +153,16 @@ class Chat:
             )
 
     def _content(self, question: str) -> str | list[dict[str, Any]]:
-        """The pending pictures, each introduced by its number in the conversation, and the question."""
+        """The pending pictures and the question.
+
+        Role tokens are of models trained here, on pictures that are introduced by their number in the
+        conversation; other templates, and `image_words`, say all that is to be said.
+        """
         if not self.pending:
             return question
+        config = self.processor.config
+        if config.template != "role_tokens" or config.image_words is not None:
+            return [*self.pending, *_texts([question])]
         contents = [m["content"] for m in self._rounds if isinstance(m["content"], list)]
         shown = sum(part["type"] == "image" for content in contents for part in content)
         words = introductions(shown + len(self.pending))[shown:]

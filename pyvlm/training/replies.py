@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyvlm.models.generation import outlasts_its_prompt
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.streaming import TextStream
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.attention import KeyValueCache
 from pyvlm.training.conversation import Messages
@@ -100,13 +101,13 @@ class Speaker:
         self._cache = None  # what an interruption leaves of it is of no use
 
         tokens: list[int] = []
-        written = ""
+        stream = TextStream(self.processor)
 
         def hear(token_B: Tensor) -> None:
-            nonlocal written
             tokens.append(int(token_B))
-            if write is not None:
-                written = _write_more(written, stable_text(self.processor, tokens), write)
+            piece = stream.push(tokens[-1])
+            if piece and write is not None:
+                write(piece)
 
         try:
             self.model.generate(
@@ -120,13 +121,13 @@ class Speaker:
                 cache=cache,
             )
         except KeyboardInterrupt:
-            raise Interrupted(stable_text(self.processor, tokens)) from None
+            raise Interrupted(self.processor.decode(tokens)) from None
         self._cache, self._held, self._sample = cache, [*prompt, *tokens[:-1]], sample
         self.total_tokens = len(prompt) + len(tokens)
-        text = self.processor.decode(tokens)
-        if write is not None:
-            _write_more(written, text, write)
-        return text
+        rest = stream.flush()
+        if rest and write is not None:
+            write(rest)
+        return self.processor.decode(tokens)
 
     def _reusable(self, sample: Sample) -> int:
         """How many of the cached tokens begin the prompt of `sample`; 0 where they are of no use to it."""
@@ -142,22 +143,6 @@ class Speaker:
         )
         # Where not even the old prompt is whole, the cut could go through an image.
         return common if same_images and common >= len(self._sample["input_ids"]) else 0
-
-
-def stable_text(processor: Processor, tokens: Sequence[int]) -> str:
-    """The text of the first tokens of an answer, as far as later ones cannot change it.
-
-    A token may hold a part of a character, which decoders show as U+FFFD until the rest is there.
-    """
-    return processor.decode(tokens).rstrip("\ufffd")
-
-
-def _write_more(written: str, text: str, write: Callable[[str], None]) -> str:
-    """Writes what `text` has more than `written`, and returns what is written now."""
-    if len(text) <= len(written) or not text.startswith(written):
-        return written
-    write(text[len(written) :])
-    return text
 
 
 def _inputs(model: VLM, processor: Processor, samples: Sequence[Sample]) -> dict[str, Any]:

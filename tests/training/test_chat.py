@@ -11,7 +11,7 @@ from pyvlm.training.chat import Chat, load_model
 from pyvlm.training.conversation import answer, ask, open_conversation
 from pyvlm.training.digits import load_split
 from pyvlm.training.pictures import write_pictures
-from pyvlm.training.replies import Interrupted, Sampling, Speaker, reply, stable_text
+from pyvlm.training.replies import Interrupted, Sampling, Speaker, reply
 from pyvlm.training.samples import read_samples
 
 TOKENS = 6
@@ -95,15 +95,6 @@ def test_answers_come_piece_by_piece(model, paths):
     assert chat.messages[-1] == {"role": "assistant", "content": text}
 
 
-def test_halves_of_characters_wait_for_their_rest():
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids).decode(errors="replace")
-
-    shown = [stable_text(Bytes(), "aé→".encode()[:count]) for count in range(1, 7)]
-    assert shown == ["a", "a", "aé", "aé", "aé", "aé→"]
-
-
 def test_sampling_is_that_of_the_seed(model):
     def answers(seed, **options):
         chat = chat_of(model(), sampling=Sampling(12, 3.0, seed=seed, **options))
@@ -132,6 +123,14 @@ def test_pictures_are_numbered_through_the_conversation(model, paths):
     chat.add_image(paths[0])
     chat.ask("which digit")
     assert texts(chat.messages[0])[0] == "image 1:"
+
+
+def test_pictures_are_introduced_only_where_the_processor_does_not(model, paths):
+    vlm, processor = model()
+    config = processor.config.model_copy(update={"image_words": "which image {n}"})
+    chat = chat_of((vlm, Processor(processor.tokenizer, config)), paths[:1])
+    chat.ask("which digit")
+    assert texts(chat.messages[0]) == ["(picture)", "which digit"]
 
 
 def test_chat_without_a_picture(model):
