@@ -52,17 +52,20 @@ class Backward {
   using Scratch = PanelScratch<Gemm>;
   static constexpr int64_t kVectors = Tiles::kVectors, kWords = Tiles::kWords;
   static constexpr int64_t kStep = Blocking<Gemm>::kStep;
+  // Blocks of words, and their parts, are whole pieces of the operand that the logits' gradients become.
+  static constexpr int64_t kPiece = std::max(kWords, kStep);
+  static_assert(kPiece % kWords == 0 && kPiece % kStep == 0);
 
   // The gradients of a block's logits take up to 8 MB in either order.
   int64_t words_of_a_block() const {
     const int64_t words = (8 << 20) / (rows_ * Blocking<Gemm>::kBytes);
-    return std::min(std::clamp<int64_t>(words / kWords, 4, 64) * kWords, round_up(p_.V, kWords));
+    return std::min(std::clamp<int64_t>(words, 1024, 16384) / kPiece * kPiece, round_up(p_.V, kPiece));
   }
 
   // The rows' gradients are summed in as many parts of a block as make some 16 tasks of them.
   int64_t parts_of_a_block() const {
     const int64_t tasks = tiles_.chunks * ((width_ + kWords - 1) / kWords);
-    return std::clamp<int64_t>(16 / std::max<int64_t>(tasks, 1), 1, block_ / kWords);
+    return std::clamp<int64_t>(16 / std::max<int64_t>(tasks, 1), 1, block_ / kPiece);
   }
 
   void lay_out(Arena& arena) {
@@ -228,14 +231,14 @@ class Backward {
   }
 
   void grad_hidden(int64_t block) const {
-    const int64_t words = panels_of(block) * kPanel, rounds = (words + kWords - 1) / kWords;
+    const int64_t words = panels_of(block) * kPanel, rounds = (words + kPiece - 1) / kPiece;
     for_panels<Scratch>(tiles_.chunks * parts_, width_ / kPanel,
                         kPanel * std::min(kChunk, rows_) * words / parts_,
                         [&](const Scratch& x, int64_t i, int64_t first, int64_t count) {
                           [[maybe_unused]] const typename Gemm::Session session;
                           const int64_t chunk = i / parts_, part = i % parts_, c = first * kPanel;
-                          const int64_t begin = rounds * part / parts_ * kWords,
-                                        end = std::min(rounds * (part + 1) / parts_ * kWords, words);
+                          const int64_t begin = rounds * part / parts_ * kPiece,
+                                        end = std::min(rounds * (part + 1) / parts_ * kPiece, words);
                           if (begin == end) {
                             return;
                           }
