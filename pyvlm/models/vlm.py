@@ -14,8 +14,8 @@ from pyvlm.models import checkpoint, generation
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
-from pyvlm.models.language import LanguageModel
 from pyvlm.models.positions import grid_cells, position_ids
+from pyvlm.models.pretrained_language import build_language, load_language
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vision import ViTTower, build_tower
@@ -62,12 +62,14 @@ class VLM(nn.Module):
         )
         self.fusion = build_fusion(config)
         self.connector = build_connector(config, self.fusion.out_dim)
-        self.language = LanguageModel(config.language, config.backend)
+        self.language = build_language(config.language, config.backend)
         self.column_embedding = None
         if config.position_scheme == "share-by-row-and-column":
             columns = max(columns for _, columns in config.token_grids)
             self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
+        if config.language.pretrained is not None:
+            load_language(self.language, config.language.pretrained)
 
     def forward(
         self,
@@ -142,7 +144,7 @@ class VLM(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]."""
-        images = images.to(self.language.embed_tokens.weight.dtype)
+        images = images.to(next(self.vision_towers.parameters(), self.language.embed_tokens.weight).dtype)
         levels = {name: tower(images) for name, tower in self.vision_towers.items()}
         tokens_NTC = self.connector(self.fusion(levels))
         if self.column_embedding is None:
