@@ -135,7 +135,7 @@ def test_a_vocabulary_grows_and_does_not_shrink(tmp_path: Path) -> None:
             {
                 "model_type": "phi3",
                 "original_max_position_embeddings": 32,
-                "rope_scaling": {"type": "su", "short_factor": [1, 1], "long_factor": [2, 2]},
+                "rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [2, 2]},
             },
             "rope_type='longrope'",
         ),
