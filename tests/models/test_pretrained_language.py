@@ -17,6 +17,7 @@ from pyvlm.layout import TokenLayout
 from pyvlm.models import VLM, LanguageConfig, VLMConfig
 from pyvlm.models.language import LanguageModel
 from pyvlm.models.pretrained_language import build_language, export_language, load_language
+from pyvlm.nn.norm import UnitOffsetRMSNorm
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,7 +159,7 @@ def test_added_tokens_are_the_mean_of_the_others(name: str, tmp_path: Path) -> N
 
 
 def test_experts_start_anew_between_loaded_layers(tmp_path: Path) -> None:
-    whole = save("llama", tmp_path)
+    whole = save("llama", tmp_path, torch.bfloat16)
     experts = {"layers": [1], "num_experts": 3, "intermediate_size": 8}
     torch.manual_seed(1)
     model = vlm(tmp_path, moe=experts)
@@ -174,6 +175,7 @@ def test_experts_start_anew_between_loaded_layers(tmp_path: Path) -> None:
     output = model(input_ids, attention_mask=mask)
     assert output.logits.isfinite().all()
     assert output.aux_loss > 0
+    assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
 
 
 def test_names_go_back_and_forth(tmp_path: Path) -> None:
@@ -221,6 +223,28 @@ def test_the_language_part_of_a_larger_model(text: str, names: str, tmp_path: Pa
         save_file(renamed, file)
     model = language(tmp_path)
     assert_close(ours(model), theirs(copy.deepcopy(whole).double()), theirs(whole))
+
+
+def test_the_head_of_a_larger_model_is_tied_as_that_model_says(tmp_path: Path) -> None:
+    llava("qwen2, windows", tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    change_weights(tmp_path, language_model__lm_head__weight=embedding.clone())
+    assert language(tmp_path).lm_head is None
+    change_weights(tmp_path, language_model__lm_head__weight=embedding + 1)
+    with pytest.raises(ValueError, match=r"language_model.lm_head.weight is not the embedding"):
+        language(tmp_path)
+
+
+def test_norms_with_an_offset_keep_the_digits_of_their_weight() -> None:
+    """In half precision 1 + 0.0036 is 1.0 or 1.008: only the result may be rounded."""
+    norm = UnitOffsetRMSNorm(64, eps=1e-6).bfloat16()
+    nn.init.constant_(norm.weight, 0.0036)
+    x = torch.randn(50, 64).bfloat16()
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + norm.weight.double())
+    half_a_digit = 2.0**-8 * expected.abs() * 1.001
+    assert ((norm(x).double() - expected).abs() <= half_a_digit).all()
+    assert norm(x).dtype == torch.bfloat16
 
 
 # ---- what is refused
