@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvlm.layout import AttentionSpans, TokenLayout
+from pyvlm.layout import IMAGE, AttentionSpans, TokenLayout
 from pyvlm.models.config import LanguageConfig
 from pyvlm.models.positions import position_ids
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.norm import UnitOffsetRMSNorm
+from pyvlm.nn.partial_lora import ImageTokens, project
 from pyvlm.ops.moe_experts import Activation
 from pyvlm.reference.moe import ACTIVATIONS
 
@@ -40,9 +41,9 @@ class SwiGLU(nn.Module):
         """The activation, where `pyvlm.nn.Experts.from_dense` looks for it."""
         return ACTIVATIONS[self.activation]
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x_BLC).chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate) * up)
+    def forward(self, x_BLC: Tensor, image_tokens: ImageTokens | None = None) -> Tensor:
+        gate, up = project(self.gate_up_proj, x_BLC, image_tokens).chunk(2, dim=-1)
+        return project(self.down_proj, self.act_fn(gate) * up, image_tokens)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -86,7 +87,7 @@ class DecoderLayer(nn.Module):
         self.attention_out_norm = behind(hidden)
         self.mlp_norm = before(hidden)
         self.mlp: nn.Module
-        if config.moe is not None and index in config.moe.layers:
+        if config.moe is not None and index in config.moe_layers:
             options = config.moe.model_dump(exclude={"layers"})
             self.mlp = MoE(hidden, **options, backend=backend)
         else:
@@ -101,14 +102,15 @@ class DecoderLayer(nn.Module):
         new_tokens: TokenLayout,
         groups: TokenGroups | None,
         cache: KeyValueCache | None,
+        image_tokens: ImageTokens | None,
     ) -> tuple[Tensor, MoEStats | None]:
-        y_BLC = self.attention(self.attention_norm(x_BLC), spans, rotary, cache)
+        y_BLC = self.attention(self.attention_norm(x_BLC), spans, rotary, cache, image_tokens)
         x_BLC = x_BLC + self.attention_out_norm(y_BLC)
         if isinstance(self.mlp, MoE):
             # With a cache it is generation, which has no use for statistics.
             y_BLC, stats = self.mlp(self.mlp_norm(x_BLC), new_tokens, groups, statistics=cache is None)
             return x_BLC + self.mlp_out_norm(y_BLC), stats
-        return x_BLC + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLC))), None
+        return x_BLC + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLC), image_tokens)), None
 
 
 class LanguageModel(nn.Module):
@@ -147,6 +149,7 @@ class LanguageModel(nn.Module):
         layout: TokenLayout,
         cache: list[KeyValueCache] | None = None,
         positions_BK: Tensor | None = None,
+        num_image_tokens: int | None = None,
     ) -> tuple[Tensor, list[MoEStats]]:
         """Runs the L new tokens through all layers.
 
@@ -155,6 +158,7 @@ class LanguageModel(nn.Module):
             layout: of all tokens so far, those in the cache and the new ones.
             cache: one a layer; extended by the new tokens.
             positions_BK: of all tokens so far, int64; None: one position a token (`position_ids`).
+            num_image_tokens: among the new ones; None: counted where Partial LoRA needs it.
 
         Returns:
             Normalised hidden states [B, L, C], and the statistics of each MoE layer; with a cache none.
@@ -168,6 +172,10 @@ class LanguageModel(nn.Module):
         rotary = self._rotary(positions_BK[:, start:])
         new_tokens = layout if start == 0 else slice_layout(layout, start, layout.length)
         groups = None if config.moe is None else TokenGroups.of(new_tokens)
+        image_tokens = None
+        # Without images too, so that in training each parameter has a gradient; generation needs none.
+        if config.partial_lora is not None and (num_image_tokens != 0 or cache is None):
+            image_tokens = ImageTokens(new_tokens.kind == IMAGE, num_image_tokens)
         x_BLC, all_stats = embeds_BLC, []
         for i, layer in enumerate(self.layers):
             arguments = (
@@ -177,6 +185,7 @@ class LanguageModel(nn.Module):
                 new_tokens,
                 groups,
                 None if cache is None else cache[i],
+                image_tokens,
             )
             if self.gradient_checkpointing and self.training:
                 x_BLC, stats = checkpoint(layer, *arguments, use_reentrant=False)

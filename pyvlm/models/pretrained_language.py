@@ -226,9 +226,7 @@ def _defects(
             elif header.dtype not in _DTYPES:
                 defects.append(f"{part} is {header.dtype} and must be one of {', '.join(_DTYPES)}")
     read = {part for parts in sources.values() for part in parts}
-    of_experts = tuple(
-        f"{stored.prefix}layers.{i}.mlp." for i in (config.moe.layers if config.moe is not None else [])
-    )
+    of_experts = tuple(f"{stored.prefix}layers.{i}.mlp." for i in config.moe_layers)
     for name in stored.of_language():
         if name in read or name.startswith(of_experts) or name.endswith(_TABLES):
             continue

@@ -178,6 +178,18 @@ def test_experts_start_anew_between_loaded_layers(tmp_path: Path) -> None:
     assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])  # biases, and the norms of Gemma
+def test_updates_start_as_nothing_over_the_loaded_weights(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path, torch.bfloat16)
+    input_ids, mask = batch([3, *[VOCAB] * 4, 5, 6], [7, 8])
+    images = torch.randn(1, 1, 8, 8)
+    logits = []
+    for options in ({}, {"partial_lora": {"rank": 2, "alpha": 2}}):
+        torch.manual_seed(2)
+        logits.append(vlm(tmp_path, **options)(input_ids, images, mask).logits)
+    assert torch.equal(*logits)
+
+
 def test_names_go_back_and_forth(tmp_path: Path) -> None:
     for name in MODELS:
         plain = save(name, tmp_path / name)
