@@ -14,7 +14,7 @@ from tolerance import assert_close
 from torch import Tensor, nn
 
 from pyvlm.layout import TokenLayout
-from pyvlm.models import VLM, LanguageConfig, VLMConfig
+from pyvlm.models import VLM, LanguageConfig, MoEConfig, VLMConfig, upcycle
 from pyvlm.models.language import LanguageModel
 from pyvlm.models.pretrained_language import build_language, export_language, load_language
 from pyvlm.nn.norm import UnitOffsetRMSNorm
@@ -188,6 +188,17 @@ def test_updates_start_as_nothing_over_the_loaded_weights(name: str, tmp_path: P
         torch.manual_seed(2)
         logits.append(vlm(tmp_path, **options)(input_ids, images, mask).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["llama, biases", "gemma2"])  # biases, and another activation
+def test_experts_are_made_of_the_loaded_mlps(name: str, tmp_path: Path) -> None:
+    plain = save(name, tmp_path)
+    model = vlm(tmp_path)
+    input_ids, mask = batch(*ROWS)
+    new = upcycle(model, MoEConfig(layers="every_second", num_experts=4))
+    real = mask.bool()  # experts leave padding alone
+    logits = [m(input_ids, attention_mask=mask).logits[real][:, :VOCAB] for m in (new, model)]
+    assert_close(logits[0], theirs(copy.deepcopy(plain).double()), logits[1])
 
 
 def test_names_go_back_and_forth(tmp_path: Path) -> None:
