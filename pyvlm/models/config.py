@@ -1,6 +1,7 @@
 """The configuration of a VLM: everything that `config.json` holds, checked before anything is built."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -8,7 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pyvlm.layout import RULES
 from pyvlm.models.connector_config import Connector, QFormerConfig, ResamplerConfig, SVAConfig
 from pyvlm.models.encoders import Pair
+from pyvlm.models.language_families import read_language
 from pyvlm.models.positions import PositionScheme
+from pyvlm.models.rope import LocalRope, RopeScaling
 from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
 from pyvlm.nn.fusion import Method
@@ -128,8 +131,24 @@ class LoRAConfig(Config):
 
 
 class LanguageConfig(Config):
-    """A pre-norm decoder: RMSNorm, rotary positions, grouped-query span attention, SwiGLU or experts."""
+    """A decoder: RMSNorm, rotary positions, grouped-query span attention, SwiGLU or experts.
 
+    Attributes:
+        pretrained: a local folder of a language model that transformers saved (safetensors only), alone or as
+            the language part of another model: see `pyvlm.models.language_families`. Its architecture takes
+            the place of what is given, but for `vocab_size`, which may be larger, and the windows; the model
+            starts from its weights, in their dtype. Layers with experts take no MLP from it.
+        window_layers: the layers that keep to the window; None: all of them.
+        attention_scale: multiplies the scores; None: head_dim ** -0.5.
+        local_rope: layers with a base of their own.
+        qk_norm: of queries and keys, see `pyvlm.nn.SpanAttention`.
+        norm_placement: of the norms of attention and MLP: before them, behind them (before the sum), or both.
+        norm_unit_offset: norms store their weight less 1: see `pyvlm.nn.norm`.
+        activation: of the MLPs' gates; experts have their own.
+        embedding_scale: multiplies the embeddings of tokens.
+    """
+
+    pretrained: str | None = None
     vocab_size: Size
     hidden_size: Size
     num_layers: Size
@@ -138,10 +157,21 @@ class LanguageConfig(Config):
     head_dim: Size | None = None
     intermediate_size: Size
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope: LocalRope | None = None
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_unit_offset: bool = False
+    activation: Activation = "silu"
+    embedding_scale: Annotated[float, Field(gt=0)] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["head", "all"] | None = None
     attention_rule: str = "mmca"
     window: Size | None = None
-    window_layers: list[int] | None = None  # the layers that keep to the window; None: all of them
+    window_layers: list[int] | None = None
+    attention_scale: Annotated[float, Field(gt=0)] | None = None
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
     logit_softcap: Annotated[float, Field(gt=0)] | None = None
     tie_embeddings: bool = True
@@ -169,6 +199,26 @@ class LanguageConfig(Config):
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, or None where it sees everything that the rule lets it see."""
         return self.window if self.window_layers is None or layer in self.window_layers else None
+
+    def rope_of(self, layer: int) -> Literal["global", "local"]:
+        """Whose rotary positions a layer has: of `rope_theta` and `rope_scaling`, or of `local_rope`."""
+        return "local" if self.local_rope is not None and layer in self.local_rope.layers else "global"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_folder(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("pretrained") is None:
+            return given  # the checks that follow say what is wrong
+        folder = read_language(given["pretrained"])
+        entries, vocab_size = folder.entries, given.get("vocab_size")
+        if isinstance(vocab_size, int) and vocab_size < folder.vocab_size:
+            raise ValueError(
+                f"vocab_size {vocab_size} is smaller than the {folder.vocab_size} tokens of "
+                f"{given['pretrained']}: leave it out, or give a larger one to add tokens"
+            )
+        if given.get("window") is None and given.get("window_layers") is None:
+            entries = entries | folder.windows
+        return dict(given) | {"vocab_size": vocab_size or folder.vocab_size} | entries
 
     @field_validator("moe")
     @classmethod
@@ -205,6 +255,7 @@ class LanguageConfig(Config):
             raise ValueError("window_layers without a window")
         for what, layers in (
             ("window_layers", self.window_layers),
+            ("local_rope.layers", self.local_rope and self.local_rope.layers),
             ("moe.layers", self.moe_layers),
         ):
             if bad := [i for i in layers or [] if not 0 <= i < self.num_layers]:
@@ -330,9 +381,10 @@ class VLMConfig(Config):
             )
 
     def without_sources(self) -> "VLMConfig":
-        """The same without the folders that towers start from: what to keep once their weights are there."""
+        """The same without the folders that it starts from: what to keep once their weights are there."""
         towers = [
             tower.model_copy(update={"pretrained": None}) if isinstance(tower, TransformersConfig) else tower
             for tower in self.vision_towers
         ]
-        return self.model_copy(update={"vision_towers": towers})
+        language = self.language.model_copy(update={"pretrained": None})
+        return self.model_copy(update={"vision_towers": towers, "language": language})

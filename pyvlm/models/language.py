@@ -1,7 +1,10 @@
-"""The language model: a pre-norm decoder whose attention mask is a rule and whose MLPs may be experts.
+"""The language model: a decoder whose attention mask is a rule and whose MLPs may be experts.
 
 Shapes: B batch, L new tokens, K all tokens so far, C channels, V vocabulary.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +16,83 @@ from pyvlm.models.positions import position_ids
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_routing import TokenGroups
+from pyvlm.nn.norm import UnitOffsetRMSNorm
 from pyvlm.nn.partial_lora import ImageTokens, project
+from pyvlm.ops.moe_experts import Activation
+from pyvlm.reference.moe import ACTIVATIONS
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)) (arXiv 2002.05202); gate and up are one projection, gate rows first."""
+    """down(silu(gate(x)) · up(x)) (arXiv 2002.05202); gate and up are one projection, gate rows first.
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    With activation "gelu" or "gelu_tanh" it is GEGLU.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: Activation = "silu", bias: bool = False
+    ) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = activation
+
+    @property
+    def act_fn(self) -> Callable[[Tensor], Tensor]:
+        """The activation, where `pyvlm.nn.Experts.from_dense` looks for it."""
+        return ACTIVATIONS[self.activation]
 
     def forward(self, x_BLC: Tensor, image_tokens: ImageTokens | None = None) -> Tensor:
         gate, up = project(self.gate_up_proj, x_BLC, image_tokens).chunk(2, dim=-1)
-        return project(self.down_proj, nn.functional.silu(gate) * up, image_tokens)
+        return project(self.down_proj, self.act_fn(gate) * up, image_tokens)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a number, which is rounded to their dtype as Gemma rounds it."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        return super().forward(input) * torch.full((), self.scale, dtype=weight.dtype, device=weight.device)
+
+
+def build_norm(config: LanguageConfig, channels: int) -> nn.Module:
+    """The norm that a language model uses everywhere."""
+    kind = UnitOffsetRMSNorm if config.norm_unit_offset else nn.RMSNorm
+    return kind(channels, config.rms_norm_eps)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: LanguageConfig, index: int, backend: str) -> None:
         super().__init__()
-        hidden = config.hidden_size
-        self.attention_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
+        hidden, norm = config.hidden_size, partial(build_norm, config)
+        before = norm if config.norm_placement != "post" else nn.Identity
+        behind = norm if config.norm_placement != "pre" else nn.Identity
+        self.attention_norm = before(hidden)
         self.attention = SpanAttention(
             hidden,
             config.num_heads,
             config.kv_heads,
             config.head_size,
+            bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm=config.qk_norm,
+            norm=norm,
+            scale=config.attention_scale,
             softcap=config.attention_softcap,
             backend=backend,
         )
-        self.mlp_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
+        self.attention_out_norm = behind(hidden)
+        self.mlp_norm = before(hidden)
         self.mlp: nn.Module
         if config.moe is not None and index in config.moe_layers:
             options = config.moe.model_dump(exclude={"layers"})
             self.mlp = MoE(hidden, **options, backend=backend)
         else:
-            self.mlp = SwiGLU(hidden, config.intermediate_size)
+            self.mlp = SwiGLU(hidden, config.intermediate_size, config.activation, config.mlp_bias)
+        self.mlp_out_norm = behind(hidden)
 
     def forward(
         self,
@@ -60,12 +104,13 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None,
         image_tokens: ImageTokens | None,
     ) -> tuple[Tensor, MoEStats | None]:
-        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), spans, rotary, cache, image_tokens)
+        y_BLC = self.attention(self.attention_norm(x_BLC), spans, rotary, cache, image_tokens)
+        x_BLC = x_BLC + self.attention_out_norm(y_BLC)
         if isinstance(self.mlp, MoE):
             # With a cache it is generation, which has no use for statistics.
             y_BLC, stats = self.mlp(self.mlp_norm(x_BLC), new_tokens, groups, statistics=cache is None)
-            return x_BLC + y_BLC, stats
-        return x_BLC + self.mlp(self.mlp_norm(x_BLC), image_tokens), None
+            return x_BLC + self.mlp_out_norm(y_BLC), stats
+        return x_BLC + self.mlp_out_norm(self.mlp(self.mlp_norm(x_BLC), image_tokens)), None
 
 
 class LanguageModel(nn.Module):
@@ -74,9 +119,14 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig, backend: str) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        vocabulary = config.vocab_size, config.hidden_size
+        self.embed_tokens: nn.Embedding = (
+            nn.Embedding(*vocabulary)
+            if config.embedding_scale is None
+            else ScaledEmbedding(*vocabulary, config.embedding_scale)
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i, backend) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = build_norm(config, config.hidden_size)
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -119,7 +169,7 @@ class LanguageModel(nn.Module):
             for window in {config.window_of(i) for i in range(config.num_layers)}
         }
         positions_BK = position_ids(layout) if positions_BK is None else positions_BK
-        rotary = rotary_tables(positions_BK[:, start:], config.head_size, config.rope_theta)
+        rotary = self._rotary(positions_BK[:, start:])
         new_tokens = layout if start == 0 else slice_layout(layout, start, layout.length)
         groups = None if config.moe is None else TokenGroups.of(new_tokens)
         image_tokens = None
@@ -131,7 +181,7 @@ class LanguageModel(nn.Module):
             arguments = (
                 x_BLC,
                 spans[config.window_of(i)],
-                rotary,
+                rotary[config.rope_of(i)],
                 new_tokens,
                 groups,
                 None if cache is None else cache[i],
@@ -144,6 +194,16 @@ class LanguageModel(nn.Module):
             if stats is not None:
                 all_stats.append(stats)
         return self.norm(x_BLC), all_stats
+
+    def _rotary(self, positions_BL: Tensor) -> dict[str, Rotary]:
+        """The tables of each kind of layer: see `LanguageConfig.rope_of`."""
+        config = self.config
+        rotary = {
+            "global": rotary_tables(positions_BL, config.head_size, config.rope_theta, config.rope_scaling)
+        }
+        if config.local_rope is not None:
+            rotary["local"] = rotary_tables(positions_BL, config.head_size, config.local_rope.theta)
+        return rotary
 
 
 def slice_layout(layout: TokenLayout, start: int, stop: int) -> TokenLayout:

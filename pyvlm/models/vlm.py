@@ -17,9 +17,9 @@ from pyvlm.models.adapters import inject_adapters
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
-from pyvlm.models.language import LanguageModel
 from pyvlm.models.parts import split_parts
 from pyvlm.models.positions import grid_cells, position_ids
+from pyvlm.models.pretrained_language import build_language, load_language
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.tiling import build_packer, host_sizes
@@ -68,12 +68,14 @@ class VLM(nn.Module):
         self.fusion = build_fusion(config)
         self.connector = build_connector(config, self.fusion.out_dim)
         self.image_packer = build_packer(config)
-        self.language = LanguageModel(config.language, config.backend)
+        self.language = build_language(config.language, config.backend)
         self.column_embedding = None
         if config.position_scheme == "share-by-row-and-column":
             columns = max(columns for _, columns in config.token_grids)
             self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
+        if config.language.pretrained is not None:
+            load_language(self.language, config.language.pretrained)
         inject_adapters(self.language, config.backend)  # last: they start in their own way
 
     def forward(
@@ -164,7 +166,7 @@ class VLM(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]; with tiling, maps [M, ..]."""
-        images = images.to(self.language.embed_tokens.weight.dtype)
+        images = images.to(next(self.vision_towers.parameters(), self.language.embed_tokens.weight).dtype)
         levels = {name: tower(images) for name, tower in self.vision_towers.items()}
         tokens_NTC = self.connector(self.fusion(levels))
         if self.column_embedding is None:

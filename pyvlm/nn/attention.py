@@ -4,6 +4,9 @@ Shapes: B batch, L new tokens, K keys (cached ones included), H query heads, G k
 C channels.
 """
 
+from collections.abc import Callable
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +17,32 @@ from pyvlm.ops.attention import span_attention
 Rotary = tuple[Tensor, Tensor]
 
 
-def rotary_tables(positions_BL: Tensor, head_dim: int, theta: float) -> Rotary:
+class RotaryScaling(Protocol):
+    """How the frequencies of rotary positions are changed to reach further than a model was trained for."""
+
+    @property
+    def magnitude(self) -> float:
+        """Multiplies queries and keys."""
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        """The new frequencies for those of a base `theta`, radians a position, float32 [D/2]."""
+
+
+def rotary_tables(
+    positions_BL: Tensor, head_dim: int, theta: float, scaling: RotaryScaling | None = None
+) -> Rotary:
     """Cosines and signed sines of rotary positions (RoFormer, arXiv 2104.09864), float32 [B, L, 1, D] each.
 
     Channels i and i + D/2 are one pair, as in transformers; the first of a pair takes −sin.
     """
     exponent = torch.arange(0, head_dim, 2, device=positions_BL.device) / head_dim
-    angle = positions_BL[:, :, None, None] * theta**-exponent
+    frequency = theta**-exponent
+    if scaling is not None:
+        frequency = scaling.scale(frequency, theta)
+    angle = positions_BL[:, :, None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
+    if scaling is not None and scaling.magnitude != 1:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
@@ -90,6 +111,11 @@ class SpanAttention(nn.Module):
         num_kv_heads: key-value heads, a divisor of `num_heads` (GQA, arXiv 2305.13245); None: `num_heads`.
         head_dim: channels a head; None: hidden_size / num_heads.
         bias: whether both projections have one.
+        out_bias: whether the output projection has one; None: `bias`.
+        qk_norm: norm of queries and keys before their rotation: "head" over the channels of each head, with
+            weights shared by the heads (Qwen 3, arXiv 2505.09388), "all" over those of all heads (OLMo 2,
+            arXiv 2501.00656).
+        norm: makes it, from its number of channels.
         scale: multiplies the scores; None: head_dim ** -0.5.
         softcap: bound on the scores, softcap·tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
         sinks: each query head learns one more score in its softmax, which has no value and starts at 0
@@ -105,6 +131,9 @@ class SpanAttention(nn.Module):
         head_dim: int | None = None,
         *,
         bias: bool = False,
+        out_bias: bool | None = None,
+        qk_norm: Literal["head", "all"] | None = None,
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
         scale: float | None = None,
         softcap: float | None = None,
         sinks: bool = False,
@@ -122,7 +151,13 @@ class SpanAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(hidden_size, all_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=bias)
+        out_bias = bias if out_bias is None else out_bias
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=out_bias)
+        self.qk_norm = qk_norm
+        self.q_norm, self.k_norm = None, None
+        if qk_norm is not None:
+            q_heads, k_heads = (1, 1) if qk_norm == "head" else (self.num_heads, self.num_kv_heads)
+            self.q_norm, self.k_norm = norm(q_heads * self.head_dim), norm(k_heads * self.head_dim)
 
     def forward(
         self,
@@ -147,6 +182,9 @@ class SpanAttention(nn.Module):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = project(self.qkv_proj, hidden_states_BLC, image_tokens).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([heads, kv_heads], dim=2)
+            qk = torch.cat([self._normalize(self.q_norm, q), self._normalize(self.k_norm, k)], dim=2)
         if rotary is not None:
             qk = rotate(qk, rotary)
         q, k = qk.split([heads, kv_heads], dim=2)
@@ -157,3 +195,8 @@ class SpanAttention(nn.Module):
             q_BHLD, k_BGKD, v_BGKD, spans, self.scale, self.softcap, self.sinks, backend=self.backend
         )
         return project(self.o_proj, out_BHLD.transpose(1, 2).flatten(2), image_tokens)
+
+    def _normalize(self, norm: nn.Module, x_BLHD: Tensor) -> Tensor:
+        if self.qk_norm == "head":
+            return norm(x_BLHD)
+        return norm(x_BLHD.flatten(2)).unflatten(2, (-1, self.head_dim))
