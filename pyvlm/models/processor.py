@@ -96,6 +96,10 @@ class Processor:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    def length(self, messages: Sequence[Message]) -> int:
+        """Tokens of `encode(messages)`; no image is decoded."""
+        return len(self._encode_turns(messages, None)[0])
+
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Sample:
         """One dialogue as tensors.
 
@@ -110,18 +114,8 @@ class Processor:
         Raises:
             ValueError: an unknown role or part, text with a template token, a bad image.
         """
-        ids: list[int] = []
-        labels: list[int] = []
         images: list[Tensor] = []
-        role_ids = {"user": self.user_token_id, "assistant": self.assistant_token_id}
-        for number, message in enumerate(messages):
-            role = message.get("role")
-            if role not in role_ids:
-                raise ValueError(f'message {number}: the role must be "user" or "assistant", got {role!r}')
-            content = [*self._encode_content(message.get("content"), number, images), self.end_token_id]
-            ids += [role_ids[role], *content]
-            spoken = [IGNORED if i == self.image_token_id else i for i in content]
-            labels += [IGNORED, *(spoken if role == "assistant" else [IGNORED] * len(content))]
+        ids, labels = self._encode_turns(messages, images)
         if add_generation_prompt:
             ids.append(self.assistant_token_id)
             labels.append(IGNORED)
@@ -132,8 +126,25 @@ class Processor:
             "images": torch.stack(images) if images else torch.empty(0, channels, size, size),
         }
 
-    def _encode_content(self, content: Any, number: int, images: list[Tensor]) -> list[int]:
-        """Token ids of one message's content; its images are appended to `images`."""
+    def _encode_turns(
+        self, messages: Sequence[Message], images: list[Tensor] | None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and labels; the images are appended to `images`, or with None not even decoded."""
+        ids: list[int] = []
+        labels: list[int] = []
+        role_ids = {"user": self.user_token_id, "assistant": self.assistant_token_id}
+        for number, message in enumerate(messages):
+            role = message.get("role")
+            if role not in role_ids:
+                raise ValueError(f'message {number}: the role must be "user" or "assistant", got {role!r}')
+            content = [*self._encode_content(message.get("content"), number, images), self.end_token_id]
+            ids += [role_ids[role], *content]
+            spoken = [IGNORED if i == self.image_token_id else i for i in content]
+            labels += [IGNORED, *(spoken if role == "assistant" else [IGNORED] * len(content))]
+        return ids, labels
+
+    def _encode_content(self, content: Any, number: int, images: list[Tensor] | None) -> list[int]:
+        """Token ids of one message's content; its images are appended to `images` where that is given."""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
             raise ValueError(
@@ -145,10 +156,11 @@ class Processor:
             if kind == "text" and isinstance(part.get("text"), str):
                 ids += self._encode_text(part["text"], number)
             elif kind == "image" and "image" in part:
-                try:
-                    images.append(self.preprocess(part["image"]))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"message {number}, image {len(images) + 1}: {error}") from error
+                if images is not None:
+                    try:
+                        images.append(self.preprocess(part["image"]))
+                    except (ValueError, TypeError) as error:
+                        raise ValueError(f"message {number}, image {len(images) + 1}: {error}") from error
                 ids += [self.image_token_id] * self.config.tokens_per_image
             else:
                 raise ValueError(
@@ -177,7 +189,8 @@ class Processor:
 
         Returns:
             input_ids and labels int64 [B, L], attention_mask bool [B, L] (False: padding), and images
-            float32 [N, C, H, W] in reading order, or None where there are none.
+            float32 [N, C, H, W] in reading order, or None where there are none. Where a sample is packed
+            (`pyvlm.data.packing`), also documents int32 [B, L], -1 for padding.
 
         Raises:
             ValueError: no samples, or an unknown side.
@@ -192,12 +205,17 @@ class Processor:
             return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side)
 
         images = torch.cat([sample["images"] for sample in samples])
-        return {
+        batch = {
             "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": pad([sample["labels"] for sample in samples], IGNORED),
             "attention_mask": pad(real, False),
             "images": images if len(images) else None,
         }
+        if any("documents" in sample for sample in samples):
+            alone = [torch.zeros(len(row), dtype=torch.int32) for row in real]
+            rows = [sample.get("documents", row) for sample, row in zip(samples, alone, strict=True)]
+            batch["documents"] = pad(rows, -1)
+        return batch
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """The text of token ids up to the first end token, special tokens left out."""
