@@ -112,6 +112,10 @@ def test_batches_are_of_like_length_and_one_kind(processor, write) -> None:
         images.append({len(sample["images"]) for sample in samples})
     assert all(len(kinds) == 1 for kinds in images)
     assert np.mean(spread) <= 2
+    # Where epochs are no whole steps, the next ones begin in the middle of one and are grouped from there.
+    odd = source_of(processor, path, batch_size=7, group_by_length=True)
+    kinds = [{len(s["images"]) for s in odd.samples(step, range(7))} for step in range(40)]
+    assert sum(len(kind) > 1 for kind in kinds) <= 14  # one at each border, and one of what is left over
     shuffled = source_of(processor, path, batch_size=5)
     assert any(len({len(s["images"]) for s in shuffled.samples(i, range(5))}) > 1 for i in range(8))
 
@@ -125,6 +129,14 @@ def test_files_are_mixed_by_weight(processor, write) -> None:
     assert both[NAMES[9]] == 4  # once an epoch
     assert both[NAMES[5]] == 4 + 2  # and every other one
     assert both[NAMES[0]] == 4 + 8 + 2  # and twice
+
+
+def test_files_are_interleaved_anew_in_each_epoch(processor, write) -> None:
+    one, two = write(records(9), "one.jsonl"), write(records(18)[9:], "two.jsonl")
+    source = source_of(processor, [one, two], batch_size=18)
+    first, second = ([name in NAMES[:9] for name in names(source.batch(e, range(18)))] for e in (0, 1))
+    assert sum(first) == sum(second) == 9
+    assert first != second
 
 
 def test_packed_rows_are_full_of_whole_samples(processor, write) -> None:
