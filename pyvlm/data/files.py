@@ -11,15 +11,14 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
-from pyvlm.data.bad_records import BadRecord, Report
+from pyvlm.data.bad_records import Report
 from pyvlm.data.blending import blend, can_blend, introduce_images
-from pyvlm.data.packing import learns, pack_samples, truncate
+from pyvlm.data.packing import encode, measure, pack_samples
 from pyvlm.data.plans import draw, group_by_length, plan_blends, plan_packs
 from pyvlm.data.readers import RecordFile
-from pyvlm.data.records import Format, decode_image, images_of
+from pyvlm.data.records import Format
 from pyvlm.data.scan import Scan, scan
 from pyvlm.data.source import Messages
 from pyvlm.models.config import Config
@@ -234,32 +233,14 @@ class FilesSource:
         return messages if words is None else introduce_images(messages, words)
 
     def _measure(self, messages: Messages) -> int:
-        """Tokens of a conversation after the cut, which decodes the images of those that it shortens."""
-        length, limit = self.processor.length(messages), self.config.max_length
-        if limit is None or length <= limit:
-            return length
-        sample = self._encode(messages)
-        if not learns(sample):
-            raise BadRecord("nothing to learn within max_length", f"{length} tokens")
-        return len(sample["input_ids"])
+        return measure(self.processor, messages, self.config.max_length)
 
     def _sample(self, file: int, records: Sequence[int]) -> Sample:
         try:
-            return self._encode(self._conversation(file, records))
+            return encode(self.processor, self._conversation(file, records), self.config.max_length)
         except ValueError as error:
             where = " and ".join(self.files[file].place(record) for record in records)
             raise ValueError(f"{self.files[file].path}, {where}: {error}") from error
-
-    def _encode(self, messages: Messages) -> Sample:
-        """The sample, cut where it is too long."""
-        for image in images_of(messages):
-            if isinstance(image, Image.Image):  # of a path the processor says so itself
-                decode_image(image)
-        sample = self.processor.encode(messages)
-        if self.config.max_length is None:
-            return sample
-        images = [self.processor.config.tokens_per_image] * len(sample["images"])
-        return truncate(sample, self.config.max_length, self.processor.image_token_id, images)
 
 
 def _judge(report: Report, bad_records: str, tell: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Samples put together into one row without seeing each other, and samples cut to a length.
+"""Conversations as samples, cut to a length, and put together into rows without seeing each other.
 
 Shapes: L tokens of a sample.
 """
@@ -6,8 +6,39 @@ Shapes: L tokens of a sample.
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
-from pyvlm.models.processor import IGNORED, Sample
+from pyvlm.data.bad_records import BadRecord
+from pyvlm.data.records import decode_image, images_of
+from pyvlm.data.source import Messages
+from pyvlm.models.processor import IGNORED, Processor, Sample
+
+
+def encode(processor: Processor, messages: Messages, max_length: int | None = None) -> Sample:
+    """A conversation as a sample, cut where it is longer than `max_length`."""
+    for image in images_of(messages):
+        if isinstance(image, Image.Image):  # of a path the processor says so itself
+            decode_image(image)
+    sample = processor.encode(messages)
+    if max_length is None:
+        return sample
+    images = [processor.config.tokens_per_image] * len(sample["images"])
+    return truncate(sample, max_length, processor.image_token_id, images)
+
+
+def measure(processor: Processor, messages: Messages, max_length: int | None = None) -> int:
+    """Tokens of a conversation after the cut; the images of those that it shortens are decoded.
+
+    Raises:
+        BadRecord: the cut leaves nothing to learn.
+    """
+    length = processor.length(messages)
+    if max_length is None or length <= max_length:
+        return length
+    sample = encode(processor, messages, max_length)
+    if not learns(sample):
+        raise BadRecord("nothing to learn within max_length", f"{length} tokens")
+    return len(sample["input_ids"])
 
 
 def pack_samples(samples: Sequence[Sample]) -> Sample:

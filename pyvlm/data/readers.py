@@ -67,6 +67,17 @@ class RecordFile:
         messages = conversation(self.rows[index], self.images, self.form)
         return Record(messages, f"{self.path}, {self.place(index)}")
 
+    def read(self, index: int) -> Record:
+        """A record that somebody asked for: ValueError says where it stands and what is wrong with it."""
+        if not 0 <= index < len(self):
+            raise ValueError(
+                f"{self.path} has {len(self):,} records, 0 to {len(self) - 1}: there is no {index}"
+            )
+        try:
+            return self[index]
+        except BadRecord as error:
+            raise ValueError(f"{self.path}, {self.place(index)}: {error}") from error
+
     def place(self, index: int) -> str:
         """Line or row of a record, counted from 1."""
         return self.rows.place(index)
