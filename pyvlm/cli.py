@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
     moe.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
-    moe.add_argument("data", metavar="DATA", help="conversations as .jsonl, or a recipe: its held-out ones")
+    moe.add_argument("data", metavar="DATA", help="a data file, or a recipe: its held-out ones")
     moe.add_argument("--dialogues", type=_positive, default=400, help="at most so many (default 400)")
     moe.add_argument("--top", type=_positive, default=10, help="pathways to show (default 10)")
     moe.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
