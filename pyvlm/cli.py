@@ -55,10 +55,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe, from its last checkpoint where there is one")
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    train.add_argument("--variant", help="an entry of the recipe's variants")
+    variant = train.add_mutually_exclusive_group()
+    variant.add_argument("--variant", help="an entry of the recipe's variants")
+    variant.add_argument(
+        "--tiny",
+        dest="variant",
+        action="store_const",
+        const="tiny",
+        help="its variant tiny: small random parts, bundled data, minutes on two cores",
+    )
+    _add_paths(train)
     train.add_argument("--seed", type=_natural, help="in place of the recipe's")
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
     train.set_defaults(run=run_train)
+
+    recipes = commands.add_parser("recipes", help="the recipes that pyvlm ships, or all of one of them")
+    recipes.set_defaults(run=run_recipes)
+    show = recipes.add_subparsers(metavar="show").add_parser(
+        "show", help="resolved configuration, stages, parameters"
+    )
+    show.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    show.add_argument("--variant", help="an entry of the recipe's variants, such as tiny")
+    _add_paths(show)
+    show.set_defaults(run=run_show)
 
     evaluate = commands.add_parser("eval", help="accuracy on held-out digits by kind of question")
     evaluate.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
@@ -120,10 +139,23 @@ def run_train(options: argparse.Namespace) -> None:
     from pyvlm.training.trainer import train
 
     overrides = {} if options.seed is None else {"seed": options.seed}
-    recipe = load_recipe(options.recipe, options.variant, **overrides)
+    recipe = load_recipe(options.recipe, options.variant, **_paths(options), **overrides)
     out = options.out or Path("runs") / recipe.name
     train(recipe, out)
     print(f"model: {out / 'model'}")
+
+
+def run_recipes(options: argparse.Namespace) -> None:
+    from pyvlm.training.recipe_card import list_recipes
+
+    print(list_recipes())
+
+
+def run_show(options: argparse.Namespace) -> None:
+    from pyvlm.training.recipe import load_recipe
+    from pyvlm.training.recipe_card import show_recipe
+
+    print(show_recipe(load_recipe(options.recipe, options.variant, **_paths(options))))
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -228,6 +260,28 @@ def run_env(options: argparse.Namespace) -> None:
     from pyvlm._build_info import build_info
 
     print("\n".join(_outline(build_info())))
+
+
+def _add_paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lm", metavar="FOLDER", help="of transformers: what the language model starts from")
+    parser.add_argument(
+        "--vision",
+        metavar="[NAME=]FOLDER",
+        action="append",
+        default=[],
+        help="of transformers: what a vision tower starts from; once a tower",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="[STAGE=]PATH",
+        action="append",
+        default=[],
+        help="conversations to learn from; once a stage, or for all stages",
+    )
+
+
+def _paths(options: argparse.Namespace) -> dict[str, Any]:
+    return {"language": options.lm, "vision": options.vision, "data": options.data}
 
 
 def _typed_questions() -> Iterator[str]:

@@ -22,8 +22,15 @@ def encode(processor: Processor, messages: Messages, max_length: int | None = No
     sample = processor.encode(messages)
     if max_length is None:
         return sample
-    images = [processor.config.tokens_per_image] * len(sample["images"])
-    return truncate(sample, max_length, processor.image_token_id, images)
+    config = processor.config
+    tokens, maps = [config.tokens_per_image] * len(sample["images"]), None
+    if config.tiling is not None:
+        sizes = [(height, width) for height, width in sample["image_sizes"].tolist()]
+        tokens = [
+            config.tiling.num_tokens(size, config.image.size, config.tokens_per_image) for size in sizes
+        ]
+        maps = [config.tiling.num_maps(size, config.image.size) for size in sizes]
+    return truncate(sample, max_length, processor.image_token_id, tokens, maps)
 
 
 def measure(processor: Processor, messages: Messages, max_length: int | None = None) -> int:

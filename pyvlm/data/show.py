@@ -71,9 +71,8 @@ def format_sample(sample: Sample, layout: TokenLayout, config: VLMConfig, proces
 
 def sample_layout(sample: Sample, config: VLMConfig) -> TokenLayout:
     """The layout of one sample as `VLM.forward` makes it."""
-    documents = sample.get("documents")
-    ids, labels = sample["input_ids"][None], sample["labels"][None]
-    return default_layout(config, ids, None, labels, None if documents is None else documents[None])
+    rows = {name: sample[name][None] for name in ("input_ids", "labels", "documents") if name in sample}
+    return default_layout(config, **rows, image_sizes=sample.get("image_sizes"))
 
 
 def spans_of(layout: TokenLayout, config: VLMConfig) -> AttentionSpans:

@@ -26,6 +26,7 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int,
+    image_sizes: Tensor | None = None,
     eos_token_id: int | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
@@ -36,6 +37,7 @@ def generate(
     Args:
         input_ids, images, attention_mask: as in `VLM.forward`; rows of unequal length are padded on the left.
         max_new_tokens: at most so many.
+        image_sizes: as in `VLM.forward`, for a model with tiling.
         eos_token_id: ends a row; its later tokens are this one too. All stops when all rows have ended.
         temperature: 0 takes the likeliest token, otherwise one is drawn from softmax(logits / temperature).
         generator: the source of randomness, on the model's device.
@@ -51,8 +53,9 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    check_inputs(self.config, input_ids, images, None, attention_mask)
-    prompt = default_layout(self.config, input_ids, attention_mask)
+    image_sizes = None if image_sizes is None else image_sizes.cpu()
+    check_inputs(self.config, input_ids, images, None, attention_mask, image_sizes)
+    prompt = default_layout(self.config, input_ids, attention_mask, image_sizes=image_sizes)
     if prompt.length == 0 or (prompt.kind[:, -1] == PADDING).any():
         raise ValueError("every row must end with a token of its prompt: pad on the left")
 
@@ -63,7 +66,8 @@ def generate(
     new_tokens: list[Tensor] = []
     try:
         for length in range(prompt.length, layout.length):
-            hidden_BLC, _ = self.hidden_states(input_ids, images, slice_layout(layout, 0, length), cache)
+            so_far = slice_layout(layout, 0, length)
+            hidden_BLC, _ = self.hidden_states(input_ids, images, so_far, cache, image_sizes)
             logits_BV = self.language.logits(hidden_BLC[:, -1]).float()
             logits_BV[:, self.config.image_token_id] = -torch.inf
             token_B = _choose(logits_BV, temperature, generator)

@@ -1,19 +1,22 @@
 """Messages in, token ids, labels and pixels out: the tokenizer, the chat template, the image preprocessing.
 
-Shapes: B batch, L tokens, n images of a sample, N images of a batch, C channels, H = W image size.
+Shapes: B batch, L tokens, n images of a sample, N images of a batch, C channels, H = W image size; with
+tiling, m base views and tiles of an image or a sample, M of a batch.
 """
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import model_validator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from pyvlm.models.checkpoint import find_folder, read_config, read_file, write_file
-from pyvlm.models.images import to_pixels
+from pyvlm.models.images import image_size, load_image, to_pixels
+from pyvlm.models.tiling import TilingConfig, cut_image
 from pyvlm.models.tower_config import Config, ImageConfig, Size
 
 IGNORED = -100
@@ -21,10 +24,19 @@ Message = Mapping[str, Any]
 Sample = dict[str, Tensor]
 
 
+class EncodedImage(NamedTuple):
+    """The pixels of one image [m, C, H, W], its (height, width) before them, and its placeholders."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    num_tokens: int
+
+
 class ProcessorConfig(Config):
     """What `processor.json` holds. A turn is its role's token, its content, and `end_token`."""
 
     image: ImageConfig
+    tiling: TilingConfig | None = None  # with it, tokens_per_image are those of a tile
     tokens_per_image: Size
     image_token: str = "<image>"
     user_token: str = "<user>"
@@ -32,6 +44,12 @@ class ProcessorConfig(Config):
     end_token: str = "<end>"
     pad_token: str = "<pad>"
     unknown_token: str = "<unk>"
+
+    @model_validator(mode="after")
+    def _tiles_are_square(self) -> "ProcessorConfig":
+        if self.tiling is not None:
+            self.tiling.check(self.image.size, self.tokens_per_image)
+        return self
 
     @property
     def template_tokens(self) -> list[str]:
@@ -62,7 +80,7 @@ class Processor:
 
     A message is `{"role": "user" | "assistant", "content": ...}`, its content a string or a list of parts
     `{"type": "text", "text": str}` and `{"type": "image", "image": path | PIL image | array}`. Each image
-    becomes `tokens_per_image` placeholders where it stands; words beside it ("image 1 :") are the caller's.
+    becomes `tokens_of(image)` placeholders where it stands; words beside it ("image 1 :") are the caller's.
 
     Args:
         tokenizer: any tokenizer of the `tokenizers` library that knows the special tokens of `config`.
@@ -109,25 +127,26 @@ class Processor:
 
         Returns:
             input_ids int64 [L]; labels int64 [L], aligned with them: the assistant's words and end tokens,
-            and −100 elsewhere; images float32 [n, C, H, W], normalised.
+            and −100 elsewhere; images float32 [n, C, H, W], normalised. With tiling, images [m, C, H, W] are
+            image by image the base view and the tiles, and image_sizes int64 [n, 2] their (height, width)
+            before they were cut.
 
         Raises:
             ValueError: an unknown role or part, text with a template token, a bad image.
         """
-        images: list[Tensor] = []
+        images: list[EncodedImage] = []
         ids, labels = self._encode_turns(messages, images)
         if add_generation_prompt:
             ids.append(self.assistant_token_id)
             labels.append(IGNORED)
-        size, channels = self.config.image.size, self.config.image.channels
         return {
             "input_ids": torch.tensor(ids, dtype=torch.int64),
             "labels": torch.tensor(labels, dtype=torch.int64),
-            "images": torch.stack(images) if images else torch.empty(0, channels, size, size),
+            **self._stack_images(images),
         }
 
     def _encode_turns(
-        self, messages: Sequence[Message], images: list[Tensor] | None
+        self, messages: Sequence[Message], images: list[EncodedImage] | None
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels; the images are appended to `images`, or with None not even decoded."""
         ids: list[int] = []
@@ -143,7 +162,7 @@ class Processor:
             labels += [IGNORED, *(spoken if role == "assistant" else [IGNORED] * len(content))]
         return ids, labels
 
-    def _encode_content(self, content: Any, number: int, images: list[Tensor] | None) -> list[int]:
+    def _encode_content(self, content: Any, number: int, images: list[EncodedImage] | None) -> list[int]:
         """Token ids of one message's content; its images are appended to `images` where that is given."""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
@@ -156,12 +175,14 @@ class Processor:
             if kind == "text" and isinstance(part.get("text"), str):
                 ids += self._encode_text(part["text"], number)
             elif kind == "image" and "image" in part:
-                if images is not None:
-                    try:
-                        images.append(self.preprocess(part["image"]))
-                    except (ValueError, TypeError) as error:
-                        raise ValueError(f"message {number}, image {len(images) + 1}: {error}") from error
-                ids += [self.image_token_id] * self.config.tokens_per_image
+                if images is None:
+                    ids += [self.image_token_id] * self.tokens_of(part["image"])
+                    continue
+                try:
+                    images.append(self.encode_image(part["image"]))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"message {number}, image {len(images) + 1}: {error}") from error
+                ids += [self.image_token_id] * images[-1].num_tokens
             else:
                 raise ValueError(
                     f'message {number}: a part must be {{"type": "text", "text": str}} or '
@@ -178,19 +199,55 @@ class Processor:
             )
         return ids
 
+    def tokens_of(self, image: Any) -> int:
+        """Placeholders that an image takes; without tiling all take as many, and else its size is read."""
+        config = self.config
+        if config.tiling is None:
+            return config.tokens_per_image
+        return config.tiling.num_tokens(image_size(image), config.image.size, config.tokens_per_image)
+
+    def encode_image(self, image: Any) -> EncodedImage:
+        """One image with all that the model needs of it; a file is read once.
+
+        Raises:
+            TypeError, ValueError: not an image, or a bad one: see `pyvlm.models.images.read_pixels`.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            image = load_image(image)
+        return EncodedImage(self.preprocess(image), image_size(image), self.tokens_of(image))
+
     def preprocess(self, image: Any) -> Tensor:
-        """One image as the vision towers take it, float32 [C, H, W]; see `pyvlm.models.images.to_pixels`."""
-        pixels_CHW = to_pixels(image, self.config.image.channels, self.config.image.size)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.image.mean, self.config.image.std))
-        return (pixels_CHW - mean) / std
+        """One image as the vision towers take it, float32 [m, C, H, W], normalised; m is 1 without tiling.
+
+        See `pyvlm.models.images.to_pixels` and, with tiling, `pyvlm.models.tiling.cut_image`.
+        """
+        config = self.config.image
+        if self.config.tiling is None:
+            padding = config.mean if config.fit == "pad" else None
+            pixels_mCHW = to_pixels(image, config.channels, config.size, padding)[None]
+        else:
+            pixels_mCHW = cut_image(image, self.config.tiling, config)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
+        return (pixels_mCHW - mean) / std
+
+    def _stack_images(self, images: Sequence[EncodedImage]) -> Sample:
+        """The entries of a sample that its images make."""
+        size, channels = self.config.image.size, self.config.image.channels
+        none = torch.empty(0, channels, size, size)
+        stacked = {"images": torch.cat([none, *(image.pixels for image in images)])}
+        if self.config.tiling is not None:
+            sizes = [image.size for image in images]
+            stacked["image_sizes"] = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
+        return stacked
 
     def collate(self, samples: Sequence[Sample], padding_side: str = "right") -> dict[str, Tensor | None]:
         """Samples of `encode` as one batch; pad on the left to generate.
 
         Returns:
             input_ids and labels int64 [B, L], attention_mask bool [B, L] (False: padding), and images
-            float32 [N, C, H, W] in reading order, or None where there are none. Where a sample is packed
-            (`pyvlm.data.packing`), also documents int32 [B, L], -1 for padding.
+            float32 [N, C, H, W] in reading order, or None where there are none. With tiling, images
+            [M, C, H, W] and image_sizes int64 [N, 2], both None where there are none. Where a sample is
+            packed (`pyvlm.data.packing`), also documents int32 [B, L], -1 for padding.
 
         Raises:
             ValueError: no samples, or an unknown side.
@@ -204,12 +261,13 @@ class Processor:
         def pad(rows: list[Tensor], value: int) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side)
 
-        images = torch.cat([sample["images"] for sample in samples])
+        of_images = ["images", *(["image_sizes"] if self.config.tiling is not None else [])]
+        joined = {name: torch.cat([sample[name] for sample in samples]) for name in of_images}
         batch = {
             "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": pad([sample["labels"] for sample in samples], IGNORED),
             "attention_mask": pad(real, False),
-            "images": images if len(images) else None,
+            **{name: tensor if len(tensor) else None for name, tensor in joined.items()},
         }
         if any("documents" in sample for sample in samples):
             alone = [torch.zeros(len(row), dtype=torch.int32) for row in real]

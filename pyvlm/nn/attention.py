@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvlm.layout import AttentionSpans
+from pyvlm.nn.partial_lora import ImageTokens, project
 from pyvlm.ops.attention import span_attention
 
 Rotary = tuple[Tensor, Tensor]
@@ -113,6 +114,7 @@ class SpanAttention(nn.Module):
         spans: AttentionSpans,
         rotary: Rotary | None = None,
         cache: KeyValueCache | None = None,
+        image_tokens: ImageTokens | None = None,
     ) -> Tensor:
         """Attends from the L tokens given to all K keys of `spans`: the cached ones, then these L themselves.
 
@@ -121,12 +123,13 @@ class SpanAttention(nn.Module):
             spans: L queries, K keys.
             rotary: tables of `rotary_tables` for the L tokens; None: no rotary positions.
             cache: keys and values of the tokens before these; it is extended by these.
+            image_tokens: of the L tokens; for projections that are a `PartialLoRALinear`.
 
         Returns:
             [B, L, C]; the rows of padding tokens are the bias of the output projection, or 0.
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(hidden_states_BLC).unflatten(-1, (-1, self.head_dim))
+        qkv = project(self.qkv_proj, hidden_states_BLC, image_tokens).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if rotary is not None:
             qk = rotate(qk, rotary)
@@ -137,4 +140,4 @@ class SpanAttention(nn.Module):
         out_BHLD = span_attention(
             q_BHLD, k_BGKD, v_BGKD, spans, self.scale, self.softcap, self.sinks, backend=self.backend
         )
-        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
+        return project(self.o_proj, out_BHLD.transpose(1, 2).flatten(2), image_tokens)

@@ -11,7 +11,8 @@ from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MODALITIES
 from pyvlm.training.conversation import Messages, answer, ask, dialogue_messages, open_conversation
-from pyvlm.training.digits import Dialogue, DigitDialogues, DigitsConfig
+from pyvlm.training.dialogue import Dialogue
+from pyvlm.training.digits import DigitDialogues, DigitsConfig
 
 MAX_ANSWER_TOKENS = 48  # five words an image, of up to nine, some more, and the end
 

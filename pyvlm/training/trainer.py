@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
+from pyvlm.training.bundled import Dialogues, bundled_dialogues
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint
 from pyvlm.training.conversation import dialogue_messages
 from pyvlm.training.digits import DigitDialogues
@@ -96,7 +97,7 @@ class Trainer:
     def run_stage(self, index: int, stage: Stage) -> None:
         """The steps of a stage that are not done yet."""
         done = self.position.step if index == self.position.stage else 0
-        source = DigitDialogues("train", stage.data, self.recipe.seed)
+        source = bundled_dialogues("train", stage.data, self.recipe.seed)
         optimizer = self.prepare_optimizer(stage, resumes=done > 0)
         self.accelerator.gradient_accumulation_steps = stage.accumulation
         for step in range(done, stage.steps):
@@ -124,7 +125,7 @@ class Trainer:
         return optimizer
 
     def train_step(
-        self, optimizer: Optimizer, stage: Stage, source: DigitDialogues, step: int
+        self, optimizer: Optimizer, stage: Stage, source: Dialogues, step: int
     ) -> tuple[Tensor, int]:
         """One optimizer step: the mean loss over its labelled tokens, and how many tokens it read."""
         # This process's share of the step's dialogues.
@@ -167,7 +168,7 @@ class Trainer:
 
 
 def make_batches(
-    processor: Processor, source: DigitDialogues, step: int, indices: Sequence[int], parts: int = 1
+    processor: Processor, source: Dialogues, step: int, indices: Sequence[int], parts: int = 1
 ) -> list[Batch]:
     """The dialogues of a step as tensors, in at most `parts` batches."""
     samples = [processor.encode(dialogue_messages(d)) for d in source.batch(step, indices)]

@@ -6,9 +6,9 @@ import torch
 from tiny_vlm import IMAGE_ID, TOKENS_PER_IMAGE, VOCAB, pictures, tiny_config, tiny_vlm
 from tolerance import assert_conforms
 
-from pyvlm.data.packing import learns, pack_samples, truncate
+from pyvlm.data.packing import encode, learns, pack_samples, truncate
 from pyvlm.layout import PADDING, RULES
-from pyvlm.models import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.models import VLM, Processor, ProcessorConfig, VLMConfig, word_level_tokenizer
 from pyvlm.models.inputs import default_layout, next_labels
 from pyvlm.models.processor import IGNORED, Sample
 from pyvlm.training.trainer import to_device
@@ -139,7 +139,7 @@ def test_the_prefix_of_each_document_ends_at_its_first_label(processor, samples)
     expected = [
         default_layout(config, s["input_ids"][None], None, s["labels"][None]).prefix[0] for s in samples
     ]
-    prefix = default_layout(config, ids, None, labels, documents).prefix
+    prefix = default_layout(config, ids, None, labels, None, documents).prefix
     assert torch.equal(prefix[0], torch.cat(expected))
 
 
@@ -182,6 +182,34 @@ def test_a_cut_takes_the_tiles_of_an_image_with_it(processor) -> None:
     for sizes, maps in (([first], [5]), ([first, second], [2, 2])):
         with pytest.raises(ValueError, match="they must agree"):
             truncate(sample, 3, IMAGE_ID, sizes, image_maps=maps)
+
+
+def test_images_of_any_size_are_packed_and_cut_whole() -> None:
+    config = tiny_config().model_dump() | {"tiling": {"grid_pinpoints": [(8, 16), (16, 8), (16, 16)]}}
+    model = VLM(VLMConfig.model_validate(config)).double().eval()
+    keys = ("image", "tiling", "tokens_per_image")
+    options = {key: getattr(model.config, key) for key in keys}
+    processor = Processor(word_level_tokenizer(WORDS), ProcessorConfig(**options))
+
+    def messages(*sizes: tuple[int, int]) -> list[dict]:
+        parts = [{"type": "image", "image": np.random.rand(*size)} for size in sizes]
+        content = [*parts, {"type": "text", "text": words(3)}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": words(2)}]
+
+    def logits(sample: Sample) -> torch.Tensor:
+        batch = {name: x for name, x in processor.collate([sample]).items() if name != "labels"}
+        return model(
+            **{**batch, "images": None if batch["images"] is None else batch["images"].double()}
+        ).logits[0]
+
+    given = [messages((8, 8), (9, 30)), messages((30, 9)), messages()]
+    samples = [encode(processor, one) for one in given]
+    assert [processor.length(one) for one in given] == [len(sample["input_ids"]) for sample in samples]
+    assert_conforms(logits(pack_samples(samples)), torch.cat([logits(sample) for sample in samples]))
+    whole = logits(samples[0])
+    for length in range(1, len(whole)):
+        short = encode(processor, given[0], length)  # the model checks that its images are whole
+        assert_conforms(logits(short), whole[: len(short["input_ids"])])
 
 
 def test_a_first_token_alone_is_nothing_to_learn() -> None:
