@@ -142,7 +142,7 @@ setup(
         "pyvlm",
         *(
             f"pyvlm.{name}"
-            for name in ("ops", "reference", "nn", "models", "training", "recipes", "integrations")
+            for name in ("ops", "reference", "nn", "models", "data", "training", "recipes", "integrations")
         ),
         "pyvlm.triton_kernels",
     ],

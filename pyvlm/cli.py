@@ -1,4 +1,4 @@
-"""The command line: `pyvlm demo | train | eval | chat | moe-report | env`.
+"""The command line: `pyvlm demo | train | eval | chat | moe-report | data | env`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,37 @@ def build_parser() -> argparse.ArgumentParser:
 
     moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
     moe.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
-    moe.add_argument("data", metavar="DATA", help="conversations as .jsonl, or a recipe: its held-out ones")
+    moe.add_argument("data", metavar="DATA", help="a data file, or a recipe: its held-out ones")
     moe.add_argument("--dialogues", type=_positive, default=400, help="at most so many (default 400)")
     moe.add_argument("--top", type=_positive, default=10, help="pathways to show (default 10)")
     moe.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
     moe.add_argument("--png", type=Path, metavar="FILE", help="write a picture of it")
     moe.set_defaults(run=run_moe_report)
 
+    _add_data_commands(commands.add_parser("data", help="look at training data: one record, or a whole file"))
+
     env = commands.add_parser("env", help="versions, instruction sets and backends")
     env.set_defaults(run=run_env)
     return parser
+
+
+def _add_data_commands(data: argparse.ArgumentParser) -> None:
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="one record as text, tokens, labels and mask")
+    check = commands.add_parser("check", help="counts, lengths, and the records that are bad")
+    for parser in (show, check):
+        parser.add_argument("data", metavar="DATA", help=".json, .jsonl, .parquet, or a folder of a table")
+        whose = parser.add_mutually_exclusive_group()
+        whose.add_argument("--model", type=Path, metavar="FOLDER", help="tokens as this model takes them")
+        whose.add_argument("--recipe", metavar="RECIPE", help="tokens as the model of this recipe takes them")
+        parser.add_argument("--images", metavar="FOLDER", help="that image paths are relative to")
+        parser.add_argument("--max-length", type=_positive, metavar="N", help="cut to so many tokens")
+    show.add_argument("--index", type=_natural, default=0, metavar="N", help="which record (default 0)")
+    show.add_argument("--png", type=Path, metavar="FILE", help="write a picture of the mask")
+    show.set_defaults(run=run_data_show)
+    check.add_argument("--decode", action="store_true", help="decode every image as well")
+    check.add_argument("--strict", action="store_true", help="exit with 2 where a record is bad")
+    check.set_defaults(run=run_data_check)
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -240,6 +262,63 @@ def run_moe_report(options: argparse.Namespace) -> None:
         write_json(options.json, report)
     if options.png is not None:
         write_png(options.png, report, options.top)
+
+
+def run_data_show(options: argparse.Namespace) -> None:
+    from pyvlm.data import show
+    from pyvlm.data.packing import encode
+    from pyvlm.data.readers import RecordFile
+
+    chosen = _processor_of(options)
+    if chosen is None and (options.max_length or options.png):
+        raise ValueError("tokens and masks are a model's: give --model FOLDER or --recipe RECIPE")
+    file = RecordFile(options.data, options.images)
+    record = file.read(options.index)
+    print(show.format_conversation(record))
+    if chosen is None:
+        print("\ngive --model FOLDER or --recipe RECIPE to see its tokens, labels and mask")
+        return
+    processor, config = chosen
+    sample = encode(processor, record.messages, options.max_length)
+    layout = show.sample_layout(sample, config)
+    print(f"\n{show.format_sample(sample, layout, config, processor)}")
+    if options.png is not None:
+        show.save_mask(show.spans_of(layout, config), options.png)
+
+
+def run_data_check(options: argparse.Namespace) -> None:
+    from pyvlm.data.packing import measure
+    from pyvlm.data.readers import RecordFile
+    from pyvlm.data.scan import scan
+    from pyvlm.data.show import count_words, format_scan
+
+    chosen = _processor_of(options)
+    if chosen is None and options.max_length:
+        raise ValueError("tokens are a model's: give --model FOLDER or --recipe RECIPE")
+    file = RecordFile(options.data, options.images)
+    length = count_words if chosen is None else partial(measure, chosen[0], max_length=options.max_length)
+    found = scan(file, length, decode=options.decode)
+    print(format_scan(found, "words" if chosen is None else "tokens"))
+    if options.strict and found.report.skipped:
+        raise ValueError(f"{options.data}: {found.report.skipped:,} of {len(file):,} records are bad")
+
+
+def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
+    """The processor and the configuration of --model or --recipe; None without either."""
+    if options.recipe is not None:
+        from pyvlm.training.recipe import load_recipe
+
+        recipe = load_recipe(options.recipe)
+        return recipe.processor(), recipe.model
+    if options.model is None:
+        return None
+    from pyvlm.models.checkpoint import CONFIG, read_config
+    from pyvlm.models.config import VLMConfig
+    from pyvlm.models.processor import Processor
+
+    finished = options.model / "model"  # of a run folder
+    folder = finished if (finished / CONFIG).exists() else options.model
+    return Processor.from_pretrained(folder), read_config(folder / CONFIG, VLMConfig)
 
 
 def run_env(options: argparse.Namespace) -> None:

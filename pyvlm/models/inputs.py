@@ -18,13 +18,16 @@ def default_layout(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     image_sizes: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> TokenLayout:
-    """The layout of rows that are one document each; every `tokens_per_image` placeholders are one image.
+    """The layout of a batch, whose rows are one document each where no `documents` are given.
 
-    With tiling, an image has as many placeholders as its size in `image_sizes` [N, 2] takes.
-
-    For rule "prefix", the prefix is all that is before the first label, or all where there are no labels.
+    Every `tokens_per_image` placeholders are one image; with tiling, an image has as many as its size in
+    `image_sizes` [N, 2] takes. For rule "prefix", the prefix is all of a document that is before its first
+    label, or all where there are no labels.
     """
+    if attention_mask is None and documents is not None:
+        attention_mask = documents >= 0
     layout = TokenLayout.from_input_ids(input_ids, config.image_token_id, attention_mask)
     is_image = layout.kind == IMAGE
     # By count and not by runs of placeholders: two images may stand side by side.
@@ -32,12 +35,21 @@ def default_layout(
         image = number_images(is_image, image_lengths(config, host_sizes(image_sizes)))
     else:
         image = torch.where(is_image, (is_image.cumsum(1) - 1) // config.tokens_per_image, -1).int()
+    document = layout.document if documents is None else documents
     prefix = None
     if config.language.attention_rule == "prefix":
         prefix = layout.kind != PADDING
         if labels is not None:
-            prefix &= (labels != IGNORED).cumsum(1) == 0
-    return TokenLayout(layout.kind, image, layout.document, prefix)
+            prefix &= _count_in_documents(labels != IGNORED, document) == 0
+    return TokenLayout(layout.kind, image, document, prefix)
+
+
+def _count_in_documents(counted: Tensor, document: Tensor) -> Tensor:
+    """How many tokens of its document are counted up to each token, itself included: int64 [B, L]."""
+    count = counted.cumsum(1)
+    starts = torch.ones_like(counted)
+    starts[:, 1:] = document.diff(dim=1) != 0
+    return count - torch.where(starts, count - counted.long(), 0).cummax(1).values
 
 
 def next_labels(labels: Tensor, layout: TokenLayout) -> Tensor:

@@ -293,7 +293,8 @@ class Processor:
         Returns:
             input_ids and labels int64 [B, L], attention_mask bool [B, L] (False: padding), and images
             float32 [N, C, H, W] in reading order, or None where there are none. With tiling, images
-            [M, C, H, W] and image_sizes int64 [N, 2], both None where there are none.
+            [M, C, H, W] and image_sizes int64 [N, 2], both None where there are none. Where a sample is
+            packed (`pyvlm.data.packing`), also documents int32 [B, L], -1 for padding.
 
         Raises:
             ValueError: no samples, or an unknown side.
@@ -309,12 +310,17 @@ class Processor:
 
         of_images = ["images", *(["image_sizes"] if self.config.tiling is not None else [])]
         joined = {name: torch.cat([sample[name] for sample in samples]) for name in of_images}
-        return {
+        batch = {
             "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": pad([sample["labels"] for sample in samples], IGNORED),
             "attention_mask": pad(real, False),
             **{name: tensor if len(tensor) else None for name, tensor in joined.items()},
         }
+        if any("documents" in sample for sample in samples):
+            alone = [torch.zeros(len(row), dtype=torch.int32) for row in real]
+            rows = [sample.get("documents", row) for sample, row in zip(samples, alone, strict=True)]
+            batch["documents"] = pad(rows, -1)
+        return batch
 
     def decode(self, token_ids: Tensor | Sequence[int]) -> str:
         """The text of token ids up to the first end token, special tokens left out."""

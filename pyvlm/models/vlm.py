@@ -87,6 +87,7 @@ class VLM(nn.Module):
         layout: TokenLayout | None = None,
         cache: list[KeyValueCache] | None = None,
         image_sizes: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> VLMOutput:
         """The loss of a batch, or its logits where no labels are given.
 
@@ -101,6 +102,8 @@ class VLM(nn.Module):
             cache: of `new_cache`; `layout` then covers the tokens in it and the new ones. Not with labels.
             image_sizes: integer [N, 2], with tiling only: (height, width) of each image before it was cut.
                 Best left on the CPU, where they are read.
+            documents: int32 [B, L], the number of each token's document in a packed row, whose documents do
+                not see each other, and −1 for padding; without a `layout` only.
 
         Raises:
             TypeError, ValueError: a wrong type, shape or value, or images that do not match the placeholders;
@@ -110,10 +113,11 @@ class VLM(nn.Module):
         check_inputs(self.config, input_ids, images, labels, attention_mask, image_sizes)
         cached = 0 if cache is None else cache[0].length
         if layout is None and cached == 0:
-            layout = default_layout(self.config, input_ids, attention_mask, labels, image_sizes)
-        elif layout is None or attention_mask is not None:
+            layout = default_layout(self.config, input_ids, attention_mask, labels, image_sizes, documents)
+        elif layout is None or attention_mask is not None or documents is not None:
             raise ValueError(
-                "with tokens in the cache a layout is needed, and with a layout no attention_mask"
+                "with tokens in the cache a layout is needed, and with a layout neither attention_mask nor "
+                "documents"
             )
         if layout.kind.shape != (len(input_ids), cached + input_ids.shape[1]):
             raise ValueError(

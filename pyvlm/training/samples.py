@@ -1,12 +1,9 @@
 """Conversations to look at a model with: from a file, or the held-out dialogues of a recipe."""
 
-import json
-from collections.abc import Iterator, Mapping
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from pyvlm.models.checkpoint import read_file
+from pyvlm.data.readers import RecordFile, is_data
+from pyvlm.data.source import Messages
 from pyvlm.models.config import ImageConfig
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.training.conversation import dialogue_messages
@@ -19,14 +16,14 @@ def read_samples(source: str, processor: Processor, limit: int) -> Iterator[Samp
     """At most `limit` conversations, encoded.
 
     Args:
-        source: a .jsonl file, a conversation a line: {"messages": [...]} as `Processor` takes them, with
-            pictures as paths from the file's folder; or a recipe, whose held-out dialogues are taken.
+        source: a data file (see `pyvlm.data.readers.RecordFile`), or a recipe, whose held-out dialogues are
+            taken.
 
     Raises:
         ValueError: the file or a picture is missing or damaged; the message names the line.
     """
-    if Path(source).suffix == ".jsonl":
-        yield from islice(_read_lines(Path(source), processor), limit)
+    if is_data(source):
+        yield from _read_file(source, processor, limit)
         return
     recipe = load_recipe(source)
     dialogues = DigitDialogues("test", recipe.evaluation.data, recipe.seed)
@@ -34,28 +31,29 @@ def read_samples(source: str, processor: Processor, limit: int) -> Iterator[Samp
         yield processor.encode(dialogue_messages(dialogues.batch(0, [index])[0]))
 
 
-def _read_lines(path: Path, processor: Processor) -> Iterator[Sample]:
-    for number, line in enumerate(read_file(path).decode(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
+def _read_file(path: str, processor: Processor, limit: int) -> Iterator[Sample]:
+    file = RecordFile(path)
+    for index in range(min(limit, len(file))):
         try:
-            content = json.loads(line)
-            if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
-                raise ValueError('expected {"messages": [...]}')
-            image = processor.config.image
-            yield processor.encode([_with_pictures(m, path.parent, image) for m in content["messages"]])
+            messages = file[index].messages
+            yield processor.encode(_with_strokes(messages, processor.config.image))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{path}, {file.place(index)}: {error}") from error
 
 
-def _with_pictures(message: Any, folder: Path, image: ImageConfig) -> Any:
-    """The message with paths from `folder`; models of grey images take strokes, as in `pyvlm chat`."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
-        return message
-    parts = []
-    for part in message["content"]:
-        if isinstance(part, Mapping) and isinstance(part.get("image"), str):
-            picture = folder / part["image"]
-            part = {**part, "image": read_strokes(picture, image.size)[0] if image.channels == 1 else picture}
-        parts.append(part)
-    return {**message, "content": parts}
+def _with_strokes(messages: Messages, image: ImageConfig) -> Messages:
+    """The conversation as models of grey images take it, which see strokes: as in `pyvlm chat`."""
+    if image.channels != 1:
+        return messages
+    seen = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {**part, "image": read_strokes(part["image"], image.size)[0]}
+                if part["type"] == "image" and isinstance(part["image"], str)
+                else part
+                for part in content
+            ]
+        seen.append({**message, "content": content})
+    return seen

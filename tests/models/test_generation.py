@@ -285,7 +285,7 @@ def test_misuse_of_the_cache_is_refused() -> None:
         model(input_ids, images, real, labels=input_ids, cache=model.new_cache(20))
     with pytest.raises(ValueError, match="holds 10 tokens a row, of which 0 are taken: 15 more do not fit"):
         model(input_ids, images, real, cache=model.new_cache(10))
-    with pytest.raises(ValueError, match="no attention_mask"):
+    with pytest.raises(ValueError, match="neither attention_mask nor documents"):
         model(input_ids, images, real, layout=layout)
     with pytest.raises(
         ValueError, match=r"layout is of \[3, 14\] tokens, .* 0 cached ones a row and .* \[3, 15\]"

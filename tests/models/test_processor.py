@@ -211,3 +211,9 @@ def test_what_does_not_fit_together_is_refused(processor: Processor) -> None:
         ImageConfig(size=4, channels=1, mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="must be positive"):
         ImageConfig(size=4, std=(0.0,))
+
+
+def test_length_decodes_no_image(processor: Processor) -> None:
+    assert processor.length(dialogue()) == len(processor.encode(dialogue())["input_ids"])
+    shown = {"role": "user", "content": [{"type": "image", "image": "no/such.png"}]}
+    assert processor.length([shown]) == 4  # the role, two placeholders, the end

@@ -153,9 +153,12 @@ def test_conversations_without_images_can_be_drawn(saved, conversations, tmp_pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "talk.jsonl, line 3: Expecting"),
-        ("[1]", 'talk.jsonl, line 3: expected {"messages": [...]}'),
-        ('{"messages": [{"role": "cook", "content": "x"}]}', "line 3: message 0: the role must be"),
+        ("{", "talk.jsonl, line 3: broken JSON: Expecting"),
+        ("[1]", "talk.jsonl, line 3: not an object"),
+        (
+            '{"messages": [{"role": "cook", "content": "x"}]}',
+            "line 3: unknown role: message 0: 'cook' is none of",
+        ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image", "image": "two.png"}]}]}',
             "line 3: ",
@@ -180,7 +183,7 @@ def test_mistakes_are_one_line(saved, small_recipe, tmp_path, conversations, cap
         (["no/such/model", "demo"], "no/such/model holds no model"),
         ([str(saved), "no/such.jsonl"], "no/such.jsonl: cannot be read"),
         ([str(saved), "no/such"], "no/such: cannot be read"),
-        ([str(saved), str(tmp_path / "empty.jsonl")], "there are no conversations"),
+        ([str(saved), str(tmp_path / "empty.jsonl")], "empty.jsonl holds no records"),
         ([str(saved), "demo", "--json", "no/folder/r.json"], "there is no folder no/folder"),
     ]
     for arguments, message in cases:
