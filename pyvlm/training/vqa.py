@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyvlm.data.bad_records import BadRecord
+from pyvlm.data.records import IMAGE_MARK, conversation
 from pyvlm.models.checkpoint import read_file
 from pyvlm.training.conversation import Messages
 
-IMAGE_MARK = "<image>"
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 NAMED = 5  # bad records of each reason that are told of one by one
 
 
@@ -31,14 +31,6 @@ class Question:
     answers: tuple[str, ...]
     kind: str
     where: str
-
-
-class BadRecord(ValueError):
-    """A record that holds no question; `reason` is one of a few, `detail` is what is wrong with this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
 
 
 class Skipped:
@@ -123,18 +115,16 @@ def _questions(record: Any, folder: Path, where: str) -> Iterator[Question]:
         raise BadRecord("not an object", f"got {type(record).__name__}")
     kind = str(record.get("type") or "")
     if "question" in record:
-        answers = _answers(record)
-        yield Question(_conversation(_as_messages(record), folder), answers, kind, where)
+        messages, answers = conversation(_as_messages(record), folder), _answers(record)
+        yield Question(messages[:-1], answers, kind, where)
         return
-    messages = _conversation(record, folder)
-    answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answered:
-        raise BadRecord("no assistant turn")
-    for number in answered:
-        expected = messages[number]["content"]
-        if not isinstance(expected, str):
-            expected = "".join(part.get("text", "") for part in expected)
-        yield Question(messages[:number], (expected,), kind, where)
+    messages = conversation(record, folder)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            expected = message["content"]
+            if not isinstance(expected, str):
+                expected = "".join(part.get("text", "") for part in expected)
+            yield Question(messages[:number], (expected,), kind, where)
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -149,68 +139,16 @@ def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _as_messages(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A VQA record as one of messages with images beside them."""
+    """A VQA record as one of messages with images beside them; its answers are in none of them."""
     question, images = record["question"], _images(record)
     if not isinstance(question, str) or not question.strip():
         raise BadRecord("no question", f"got {question!r}")
     marks = "" if IMAGE_MARK in question else IMAGE_MARK * len(images)
-    return {"messages": [{"role": "user", "content": marks + question}], "images": images}
+    turns = [{"role": "user", "content": marks + question}, {"role": "assistant", "content": ""}]
+    return {"messages": turns, "images": images}
 
 
 def _images(record: Mapping[str, Any]) -> list[Any]:
-    """What stands beside the conversation, under "images" or "image"."""
+    """The images of a VQA record, one or several."""
     images = record.get("images") or record.get("image") or []
     return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _conversation(record: Mapping[str, Any], folder: Path) -> Messages:
-    """The messages of a record, with paths of images that there are."""
-    is_llava = "messages" not in record
-    turns = record.get("conversations" if is_llava else "messages")
-    if not isinstance(turns, list):
-        raise BadRecord("no conversation", "expected question, messages or conversations")
-    if not turns:
-        raise BadRecord("zero turns")
-    images = iter(_images(record))
-    messages: Messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise BadRecord("not an object", f"message {number} is a {type(turn).__name__}")
-        role = LLAVA_ROLES.get(str(turn.get("from"))) if is_llava else turn.get("role")
-        if role not in LLAVA_ROLES.values():
-            raise BadRecord("unknown role", f"message {number}: {turn.get('from' if is_llava else 'role')!r}")
-        content = turn.get("value" if is_llava else "content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
-            raise BadRecord("no text", f"message {number}: its content is {type(content).__name__}")
-        filled = [piece for part in parts for piece in _fill_in(part, images, folder)]
-        only_text = len(filled) == 1 and filled[0]["type"] == "text"
-        messages.append({"role": role, "content": filled[0]["text"] if only_text else filled})
-    if unused := len(list(images)):
-        raise BadRecord("wrong count of <image>", f"{unused} images have no mark")
-    return messages
-
-
-def _fill_in(part: Mapping[str, Any], images: Iterator[Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """A part with its image marks replaced by images, and its path by one from `folder`."""
-    if part.get("type") == "image":
-        own = part.get("image")
-        yield _image_part(next(images, None) if own is None else own, folder)
-        return
-    first, *others = str(part.get("text", "")).split(IMAGE_MARK)
-    if first or not others:
-        yield {"type": "text", "text": first}
-    for text in others:
-        yield _image_part(next(images, None), folder)
-        if text:
-            yield {"type": "text", "text": text}
-
-
-def _image_part(image: Any, folder: Path) -> dict[str, Any]:
-    if image is None:
-        raise BadRecord("wrong count of <image>", "more marks than images")
-    if not isinstance(image, str):
-        raise BadRecord("missing image", f"expected a path, got {type(image).__name__}")
-    if not (folder / image).is_file():
-        raise BadRecord("missing image", f"there is no file {folder / image}")
-    return {"type": "image", "image": str(folder / image)}
