@@ -1,10 +1,11 @@
-"""The command line: `pyvlm demo | train | eval | chat | moe-report | env`.
+"""The command line: `pyvlm demo | train | eval | chat | moe-report | budget | ablate | env`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     moe.add_argument("--png", type=Path, metavar="FILE", help="write a picture of it")
     moe.set_defaults(run=run_moe_report)
 
+    budget = commands.add_parser("budget", help="parameters, FLOPs, memory and hours of a recipe, untrained")
+    budget.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    budget.add_argument("--variant", help="an entry of the recipe's variants")
+    budget.add_argument(
+        "--batch", type=_positive, default=1, help="rows of the forward pass shown (default 1)"
+    )
+    budget.add_argument("--length", type=_positive, help="tokens a row; given, of the stages' batches too")
+    budget.add_argument("--images", type=_natural, help="images a row (default 1); the same holds")
+    budget.add_argument(
+        "--flops-per-second", type=_rate, metavar="RATE", help="such as 4e14 (default: measured here)"
+    )
+    budget.add_argument("--price-per-hour", type=_rate, metavar="PRICE", help="of a machine of that rate")
+    budget.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
+    budget.set_defaults(run=run_budget)
+
     env = commands.add_parser("env", help="versions, instruction sets and backends")
     env.set_defaults(run=run_env)
     return parser
@@ -145,6 +161,26 @@ def run_moe_report(options: argparse.Namespace) -> None:
         write_png(options.png, report, options.top)
 
 
+def run_budget(options: argparse.Namespace) -> None:
+    from pyvlm.training.budget import make_budget, write_json
+    from pyvlm.training.budget_table import format_budget
+    from pyvlm.training.recipe import load_recipe
+
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"{options.json}: there is no folder {options.json.parent} to write it into")
+    budget = make_budget(
+        load_recipe(options.recipe, options.variant),
+        options.batch,
+        options.length,
+        options.images,
+        options.flops_per_second,
+        options.price_per_hour,
+    )
+    print(format_budget(budget))
+    if options.json is not None:
+        write_json(options.json, budget)
+
+
 def run_env(options: argparse.Namespace) -> None:
     from pyvlm._build_info import build_info
 
@@ -182,6 +218,16 @@ def _natural(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _at_least(text, 1)
+
+
+def _rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def _at_least(text: str, least: int) -> int:
