@@ -96,6 +96,24 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
     budget.set_defaults(run=run_budget)
 
+    ablate = commands.add_parser("ablate", help="train variants of a recipe at equal compute, several seeds")
+    ablate.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    ablate.add_argument("--variant", help="an entry of the recipe's variants")
+    ablate.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="KEY=VALUE,VALUE",
+        help="connector, mask, tower or a dotted path of the recipe; several: all combinations",
+    )
+    ablate.add_argument(
+        "--budget", type=_rate, metavar="FLOPS", help="of training, a run (default: the recipe's own)"
+    )
+    ablate.add_argument("--seeds", type=_positive, default=3, help="runs of each variant (default 3)")
+    ablate.add_argument("--looks", type=_positive, default=8, help="at held-out accuracy, a run (default 8)")
+    ablate.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder (default runs/ablate)")
+    ablate.set_defaults(run=run_ablate)
+
     env = commands.add_parser("env", help="versions, instruction sets and backends")
     env.set_defaults(run=run_env)
     return parser
@@ -179,6 +197,22 @@ def run_budget(options: argparse.Namespace) -> None:
     print(format_budget(budget))
     if options.json is not None:
         write_json(options.json, budget)
+
+
+def run_ablate(options: argparse.Namespace) -> None:
+    from pyvlm.training.ablate import ablate
+    from pyvlm.training.ablation_plan import parse_vary
+    from pyvlm.training.recipe import load_recipe
+
+    ablate(
+        load_recipe(options.recipe, options.variant),
+        parse_vary(options.vary),
+        options.out,
+        budget=options.budget,
+        seeds=options.seeds,
+        looks=options.looks,
+    )
+    print(f"results: {options.out / 'results.md'}")
 
 
 def run_env(options: argparse.Namespace) -> None:

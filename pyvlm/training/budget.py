@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pyvlm.models.checkpoint import write_file
+from pyvlm.models.config import VLMConfig
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe_options import IMAGE_ROW, TEXT_ROW
 from pyvlm.training.conversation import dialogue_messages
@@ -160,21 +161,14 @@ def make_budget(
         ValueError: the images do not fit into the rows, or a stage trains a part that the model lacks.
     """
     config, size = recipe.model, BYTES[recipe.precision]
-    shape_given = length is not None or images is not None
-    images = 1 if images is None else images
-    if length is None:
-        length = images * (config.tokens_per_image + 1) + TEXT_BESIDE_IMAGES
+    shape = None if length is None and images is None else (length, images)
+    length, images = row_shape(config, length, images)
     workload = Workload.of_shape(config, batch, length, images)
     source = "given" if rate is not None else f"2048³ matrix products in {recipe.precision}, measured here"
     rate = measure_rate(recipe.precision) if rate is None else rate
     stages = []
     for name, stage in recipe.stages.items():
-        steps = None if shape_given else draw_workloads(recipe, stage)
-        data = f"{DRAWN_STEPS} steps of its own data"
-        if steps is None:
-            rows = stage.batch_size // stage.accumulation
-            steps = [[Workload.of_shape(config, rows, length, images)] * stage.accumulation]
-            data = f"rows of {length:,} tokens with {images} images"
+        steps, data = stage_workloads(recipe, stage, shape)
         stages.append(_budget_stage(recipe, name, steps, data, rate, price_per_hour))
     costs = StepCosts(config)
     language = config.language
@@ -265,18 +259,34 @@ def count_decoding(costs: StepCosts, length: int, size: int) -> Decoding:
     return Decoding(length, flops, size * elements, size * cache)
 
 
-def draw_workloads(recipe: Recipe, stage: Stage) -> list[list[Workload]] | None:
-    """The batches of some steps of a stage, on its own data; None where these do not come with pyvlm."""
-    if not isinstance(stage.data, DigitsConfig):
-        return None
+def row_shape(config: VLMConfig, length: int | None, images: int | None) -> tuple[int, int]:
+    """Tokens and images of a row, with what is left open: one image, and 128 tokens of text."""
+    images = 1 if images is None else images
+    return images * (config.tokens_per_image + 1) + TEXT_BESIDE_IMAGES if length is None else length, images
+
+
+def stage_workloads(
+    recipe: Recipe, stage: Stage, shape: tuple[int | None, int | None] | None = None
+) -> tuple[list[list[Workload]], str]:
+    """The batches of some steps of a stage, and in words what they are.
+
+    Args:
+        shape: tokens and images a row, see `row_shape`; None: those of the stage's own data, where these come
+            with pyvlm.
+    """
+    size = stage.batch_size // stage.accumulation
+    if shape is not None or not isinstance(stage.data, DigitsConfig):
+        length, images = row_shape(recipe.model, *(shape or (None, None)))
+        batches = [Workload.of_shape(recipe.model, size, length, images)] * stage.accumulation
+        return [batches], f"rows of {length:,} tokens with {images} images"
     processor, source = recipe.processor(), DigitDialogues("train", stage.data, recipe.seed)
-    size, steps = stage.batch_size // stage.accumulation, []
+    steps = []
     for number in range(DRAWN_STEPS):
         dialogues = source.batch(1 + stage.steps * number // DRAWN_STEPS, range(stage.batch_size))
         samples = [processor.encode(dialogue_messages(dialogue)) for dialogue in dialogues]
-        batches = [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        steps.append([Workload.of_batch(recipe.model, batch) for batch in batches])
-    return steps
+        collated = [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+        steps.append([Workload.of_batch(recipe.model, batch) for batch in collated])
+    return steps, f"{DRAWN_STEPS} steps of its own data"
 
 
 def step_cost(costs: StepCosts, steps: Sequence[Sequence[Workload]]) -> dict[str, Cost]:
