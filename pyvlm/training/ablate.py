@@ -186,7 +186,7 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         *conclude(outcomes),
         f"Mean and sample standard deviation over n seeds, and their range. Compute: training FLOPs by pyvlm "
-        f"budget, {human(min(spent))} to {human(max(spent))} a run; they differ by the rounding to whole steps. "
+        f"budget, {human(min(spent))} to {human(max(spent))} a run, the same but for rounding to whole steps. "
         f"A run answered {questions:,} held-out questions, which alone is a standard error of up to "
         f"{0.5 / questions**0.5:.1%}.",
     ]
