@@ -5,6 +5,7 @@ last checkpoint, so that the same command ends what was cut off, or adds seeds.
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -176,7 +177,11 @@ def conclude(outcomes: Sequence[Outcome]) -> list[str]:
             f"{'; '.join(within)}."
         )
     if apart:
-        said.append(f"Below it with every seed: {'; '.join(apart)}.")
+        n = min(len(outcome.runs) for outcome in outcomes)
+        said.append(
+            f"Below it with every seed: {'; '.join(apart)}. Of two equal variants, {n} seeds each fall apart "
+            f"like this in {2 / math.comb(2 * n, n):.2g} of all cases."
+        )
     return said
 
 
@@ -186,7 +191,7 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         *conclude(outcomes),
         f"Mean and sample standard deviation over n seeds, and their range. Compute: training FLOPs by pyvlm "
-        f"budget, {human(min(spent))} to {human(max(spent))} a run, the same but for rounding to whole steps. "
+        f"budget, {human(min(spent))} to {human(max(spent))} a run, equal but for rounding to whole steps. "
         f"A run answered {questions:,} held-out questions, which alone is a standard error of up to "
         f"{0.5 / questions**0.5:.1%}.",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from pyvlm.models.checkpoint import write_file
 
@@ -39,11 +40,21 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
         axes.fill_between(curve.flops, low, high, color=color, alpha=0.15, linewidth=0)
         mean = sum(curve.final) / len(curve.final)
         ends = [[100 * (mean - min(curve.final))], [100 * (max(curve.final) - mean)]]
-        axes.errorbar(curve.final_flops, 100 * mean, yerr=ends, color=color, fmt="D", markersize=5, capsize=3)
+        axes.errorbar(
+            curve.final_flops,
+            100 * mean,
+            yerr=ends,
+            color=color,
+            fmt="D",
+            markersize=5,
+            capsize=3,
+            clip_on=False,
+        )
     axes.set(xlabel="training FLOPs", ylabel="held-out accuracy, %", ylim=(0, 100))
     axes.set_title(
         "lines: looks on the way, mean and range of the seeds; diamonds: final evaluation", fontsize="small"
     )
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -188,15 +188,26 @@ def _scale(recipe: Recipe, step_flops: Sequence[int], budget: float, looks: int,
         raise ValueError(
             f"variant {name}: a budget of {budget:.3g} FLOPs is less than one step of each stage, {least:.3g}"
         )
-    factor, changed = budget / own, {}
-    for key, stage in recipe.stages.items():
-        steps = max(1, round(stage.steps * factor))
-        changed[key] = stage.model_copy(
-            update={"steps": steps, "warmup": min(steps, round(stage.warmup * factor))}
-        )
+    factor = budget / own
+    counts = _round_steps([stage.steps * factor for stage in stages], step_flops, budget)
+    changed = {
+        key: stage.model_copy(update={"steps": steps, "warmup": min(steps, round(stage.warmup * factor))})
+        for (key, stage), steps in zip(recipe.stages.items(), counts, strict=True)
+    }
     steps = sum(stage.steps for stage in changed.values())
     evaluation = recipe.evaluation.model_copy(update={"every": math.ceil(steps / looks)})
     return recipe.model_copy(update={"stages": changed, "evaluation": evaluation})
+
+
+def _round_steps(wanted: Sequence[float], step_flops: Sequence[int], budget: float) -> list[int]:
+    """Whole steps, one at least: rounded up where most is missing, until half a step would be too much."""
+    counts = [max(1, math.floor(steps)) for steps in wanted]
+    left = budget - sum(count * each for count, each in zip(counts, step_flops, strict=True))
+    for i in sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i]):
+        if left >= step_flops[i] / 2:
+            counts[i] += 1
+            left -= step_flops[i]
+    return counts
 
 
 def _label(value: Any) -> str:

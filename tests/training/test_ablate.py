@@ -64,16 +64,16 @@ def test_all_combinations_and_their_recipes(small_recipe):
 
 
 @pytest.mark.parametrize("budget", [None, 4e8])
-def test_compute_is_equal_up_to_a_step(small_recipe, budget):
+def test_compute_is_equal_to_half_a_step(small_recipe, budget):
     """The wide decoder gets fewer steps; of both stages, by one factor."""
     base = small_recipe(stages={"one": {"steps": 200, "warmup": 20}, "two": {"steps": 100}})
     vary = {"model.language.intermediate_size": [32, 512]}
     narrow, wide = plan_variants(base, vary, budget)
     wanted = narrow.flops if budget is None else budget
     for variant in (narrow, wide):
-        assert abs(variant.flops - wanted) <= sum(variant.step_flops)
+        assert abs(variant.flops - wanted) <= max(variant.step_flops) / 2
         one, two = variant.recipe.stages.values()
-        assert one.steps == pytest.approx(2 * two.steps, abs=1.5)
+        assert one.steps == pytest.approx(2 * two.steps, abs=2.5)
         assert one.warmup == pytest.approx(one.steps / 10, abs=0.55)
         assert 7 <= variant.recipe.total_steps // variant.recipe.evaluation.every <= 8
     assert wide.recipe.total_steps < narrow.recipe.total_steps
@@ -193,7 +193,8 @@ def test_what_lies_within_the_spread_is_said_to():
     said = conclude([worse, close, best])
     assert said[0] == "Highest mean: mask=a."
     assert "not told apart: mask=b." in said[1]
-    assert said[2] == "Below it with every seed: mask=c."
+    assert said[2].startswith("Below it with every seed: mask=c. Of two equal variants, 2 seeds each")
+    assert "0.33 of all cases" in said[2]  # two of the six orders of four numbers
     assert conclude([best]) == []
     assert "no difference here can be told from chance" in conclude([outcome("a", 0.9), outcome("b", 0.1)])[0]
 
