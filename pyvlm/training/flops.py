@@ -211,7 +211,11 @@ class Walk:
         """What a linear layer keeps, its input, and what the gate behind it does."""
         if linear.weight.requires_grad and not path.startswith("attention.o_proj"):  # attention keeps that
             self.save(part, rows * linear.in_features)
-        if path == "mlp.gate_up_proj" and (self.needs_grad or linear.weight.requires_grad):
+        if (
+            path.startswith("mlp.gate_up_proj")
+            and part == "mlp"
+            and (self.needs_grad or linear.weight.requires_grad)
+        ):
             self.save(part, rows * linear.out_features * 3 // 2)  # both halves, and the gate's activation
 
     def norm(self, part: str, module: nn.Module) -> None:
