@@ -135,6 +135,8 @@ def _change(base: Recipe, choices: Mapping[str, Any], name: str) -> Recipe:
     for key, value in choices.items():
         if key == "connector":
             value = connector_preset(value, base.model)
+            if choices[key] == "sva":
+                content["model"]["fusion"] = {}  # it fuses the towers' maps itself
         if key == "tower":
             value = _towers(value, content["model"]["vision_towers"])
         _set(content, SHORTHANDS.get(key, key), value)
