@@ -1,4 +1,4 @@
-"""The command line: `pyvlm demo | train | eval | chat | moe-report | data | env`.
+"""The command line: `pyvlm demo | train | recipes | eval | chat | moe-report | data | budget | ablate | env`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
@@ -6,6 +6,7 @@ so that `pyvlm --help` is quick.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -128,6 +129,39 @@ def build_parser() -> argparse.ArgumentParser:
     moe.set_defaults(run=run_moe_report)
 
     _add_data_commands(commands.add_parser("data", help="look at training data: one record, or a whole file"))
+
+    budget = commands.add_parser("budget", help="parameters, FLOPs, memory and hours of a recipe, untrained")
+    budget.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    budget.add_argument("--variant", help="an entry of the recipe's variants")
+    budget.add_argument(
+        "--batch", type=_positive, default=1, help="rows of the forward pass shown (default 1)"
+    )
+    budget.add_argument("--length", type=_positive, help="tokens a row; given, of the stages' batches too")
+    budget.add_argument("--images", type=_natural, help="images a row (default 1); the same holds")
+    budget.add_argument(
+        "--flops-per-second", type=_rate, metavar="RATE", help="such as 4e14 (default: measured here)"
+    )
+    budget.add_argument("--price-per-hour", type=_rate, metavar="PRICE", help="of a machine of that rate")
+    budget.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
+    budget.set_defaults(run=run_budget)
+
+    ablate = commands.add_parser("ablate", help="train variants of a recipe at equal compute, several seeds")
+    ablate.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    ablate.add_argument("--variant", help="an entry of the recipe's variants")
+    ablate.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="KEY=VALUE,VALUE",
+        help="connector, mask, tower or a dotted path of the recipe; several: all combinations",
+    )
+    ablate.add_argument(
+        "--budget", type=_rate, metavar="FLOPS", help="of training, a run (default: the recipe's own)"
+    )
+    ablate.add_argument("--seeds", type=_positive, default=3, help="runs of each variant (default 3)")
+    ablate.add_argument("--looks", type=_positive, default=8, help="at held-out accuracy, a run (default 8)")
+    ablate.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder (default runs/ablate)")
+    ablate.set_defaults(run=run_ablate)
 
     env = commands.add_parser("env", help="versions, instruction sets and backends")
     env.set_defaults(run=run_env)
@@ -321,6 +355,42 @@ def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
     return Processor.from_pretrained(folder), read_config(folder / CONFIG, VLMConfig)
 
 
+def run_budget(options: argparse.Namespace) -> None:
+    from pyvlm.training.budget import make_budget, write_json
+    from pyvlm.training.budget_table import format_budget
+    from pyvlm.training.recipe import load_recipe
+
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"{options.json}: there is no folder {options.json.parent} to write it into")
+    budget = make_budget(
+        load_recipe(options.recipe, options.variant),
+        options.batch,
+        options.length,
+        options.images,
+        options.flops_per_second,
+        options.price_per_hour,
+    )
+    print(format_budget(budget))
+    if options.json is not None:
+        write_json(options.json, budget)
+
+
+def run_ablate(options: argparse.Namespace) -> None:
+    from pyvlm.training.ablate import ablate
+    from pyvlm.training.ablation_plan import parse_vary
+    from pyvlm.training.recipe import load_recipe
+
+    ablate(
+        load_recipe(options.recipe, options.variant),
+        parse_vary(options.vary),
+        options.out,
+        budget=options.budget,
+        seeds=options.seeds,
+        looks=options.looks,
+    )
+    print(f"results: {options.out / 'results.md'}")
+
+
 def run_env(options: argparse.Namespace) -> None:
     from pyvlm._build_info import build_info
 
@@ -382,6 +452,16 @@ def _natural(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _at_least(text, 1)
+
+
+def _rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def _at_least(text: str, least: int) -> int:

@@ -23,7 +23,11 @@ README = (ROOT / "README.md").read_text()
 TARGETS = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
 
 # Appended to a command, so that it takes seconds.
-QUICK_FORM = {"train": ["--variant", "quick"], "eval": ["--dialogues", "8"]}
+QUICK_FORM = {
+    "train": ["--variant", "quick"],
+    "eval": ["--dialogues", "8"],
+    "ablate": ["--variant", "quick", "--seeds", "1", "--budget", "1e10"],
+}
 
 
 def blocks() -> Iterator[tuple[str, str, int]]:

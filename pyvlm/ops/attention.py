@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
+from pyvlm._autocast import autocasts
 from pyvlm.layout import AttentionSpans
 from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.reference import attention as reference
@@ -87,7 +88,7 @@ def span_attention(
         RuntimeError: the named backend is not available.
     """
     _check_arguments(q, k, v, spans, scale, softcap, sinks)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # as torch's own ops do
+    if autocasts(q.device) and q.dtype != torch.float64:  # as torch's own ops do
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -133,7 +134,7 @@ def _check_arguments(
             f"q, k, v have {q.dim()}, {k.dim()} and {v.dim()} dimensions; "
             "expected 4: [batch, heads, tokens, head_dim]"
         )
-    if not (q.dtype == k.dtype == v.dtype or torch.is_autocast_enabled(q.device.type)):
+    if not (q.dtype == k.dtype == v.dtype or autocasts(q.device)):
         raise TypeError(
             f"q, k, v are {q.dtype}, {k.dtype} and {v.dtype}; expected one dtype: convert them first"
         )

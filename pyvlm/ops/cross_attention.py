@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
+from pyvlm._autocast import without_autocast
 from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import cross_attention as reference
@@ -181,7 +182,7 @@ def resize_positions(table: Tensor, grid: tuple[int, int], target: tuple[int, in
     x = table.to(accumulator(table.dtype))
     rows, columns = (_bicubic(a, b, x) for a, b in zip(grid, target, strict=True))
     # Two small products: torch's kernel took a fifth of a bf16 resampler's time for 4,096 channels.
-    with torch.autocast(table.device.type, enabled=False):
+    with without_autocast(table.device):
         by_row = (rows @ x.reshape(grid[0], -1)).view(target[0], grid[1], -1)
         return (columns @ by_row).flatten(0, 1).to(table.dtype)
 

@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, G key-value heads, Q queries, K keys, D head siz
 import torch
 from torch import Tensor
 
+from pyvlm._autocast import without_autocast
 from pyvlm.layout import AttentionSpans
 
 
@@ -30,7 +31,7 @@ def span_attention(
     Returns:
         out [B, H, Q, D] in the dtype of q, and lse [B, H, R or 1 where joint, Q] in the dtype computed in.
     """
-    with torch.autocast(q_BHQD.device.type, enabled=False):
+    with without_autocast(q_BHQD.device):
         heads, kv_heads, head_dim = q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[-1]
         dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
         k_BHKD, v_BHKD = (x.to(dtype).repeat_interleave(heads // kv_heads, dim=1) for x in (k_BGKD, v_BGKD))
