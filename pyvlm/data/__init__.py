@@ -1,0 +1,1 @@
+"""Training data: where conversations come from."""
