@@ -49,7 +49,8 @@ def save_checkpoint(
         with checkpoint.replace_folder(folder) as aside:
             checkpoint.write_model(model, model.config, aside)
             state = {"position": asdict(position), "optimizer": optimizer.state_dict()}
-            torch.save(state, aside / STATE)
+            with open(aside / STATE, "wb") as file:  # of a path torch does not tell why it cannot be written
+                torch.save(state, file)
     except (OSError, RuntimeError, checkpoint.SafetensorError) as error:
         raise ValueError(
             f"checkpoint {folder} cannot be written ({error}); the one before it is kept, and the run can go "

@@ -135,7 +135,7 @@ class Trainer:
                 if index >= self.position.stage:
                     self.run_stage(index, stage)
             self.log.draw()
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.unwrap()
 
     def run_stage(self, index: int, stage: Stage) -> None:
         """The steps of a stage that are not done yet."""
@@ -143,7 +143,7 @@ class Trainer:
         done = self.position.step if index == self.position.stage else 0
         if done == 0 and stage.upcycle is not None:
             seed_everything(self.recipe.seed, self.position.total, 0)
-            self.model = with_experts(self.model, stage.upcycle)
+            self.model = with_experts(self.model, stage.upcycle, self.recipe.seed)
         optimizer = self.prepare(stage, resumes=done > 0)
         for step in range(done, steps):
             set_learning_rate(optimizer, stage, step, steps)
@@ -163,7 +163,7 @@ class Trainer:
     def prepare(self, stage: Stage, resumes: bool) -> Optimizer:
         """Frees and freezes the parts for a stage and makes its optimizer: with the checkpoint's state, or
         going on from the last stage's, or new."""
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        self.unwrap()
         self.accelerator.free_memory()
         self.accelerator.gradient_accumulation_steps = stage.accumulation
         self.model.to(self.accelerator.device)
@@ -179,6 +179,11 @@ class Trainer:
         self.optimizer, self.optimizer_state = optimizer, None
         self.log.flops_per_token = 0.0
         return optimizer
+
+    def unwrap(self) -> None:
+        """Takes off the model what accelerate put around it."""
+        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
 
     def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
         """A step and its line in the log. Where a step's time is to be split, FLOPs are counted in the step
@@ -308,11 +313,11 @@ def new_model(recipe: Recipe) -> VLM:
     return model.train()
 
 
-def with_experts(model: VLM, moe: MoEConfig) -> VLM:
+def with_experts(model: VLM, moe: MoEConfig, seed: int) -> VLM:
     """The model with experts that are copies of its MLPs, in training mode."""
     from pyvlm.models.upcycling import upcycle
 
-    return upcycle(model, moe).train()
+    return upcycle(model, moe, seed).train()
 
 
 def checkpoint_layers(model: VLM, enable: bool) -> None:
