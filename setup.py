@@ -147,7 +147,12 @@ setup(
         "pyvlm.triton_kernels",
     ],
     package_dir={"pyvlm": "pyvlm", "pyvlm.triton_kernels": "triton_kernels"},
-    package_data={"pyvlm": ["py.typed"], "pyvlm.recipes": ["*.yaml"], "pyvlm.training": ["templates/*"]},
+    package_data={
+        "pyvlm": ["py.typed"],
+        "pyvlm.recipes": ["*.yaml"],
+        "pyvlm.models": ["chat_templates/*.jinja"],
+        "pyvlm.training": ["templates/*"],
+    },
     ext_modules=[
         Extension(name, sources=[])
         for name in ("pyvlm._C", *(["pyvlm._C_cuda"] if why_no_cuda() is None else []))

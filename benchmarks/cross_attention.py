@@ -18,6 +18,7 @@ from benchmarks.harness.workload import (
     Function,
     Operation,
     Provider,
+    Unavailable,
     Workload,
 )
 from pyvlm.ops import local_cross_attention
@@ -124,7 +125,7 @@ def _rearranged(work: Workload) -> Function:
 
     def run(query: Tensor, *tensors: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            raise NotImplementedError("only forward: its inputs are windows, and have the gradients")
+            raise Unavailable("only forward: its inputs are windows, and have the gradients")
         return attend(query, keys, values)
 
     return run

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyvlm.ops import merge_levels
+
 ROOT = Path(__file__).parents[1]
 
 # The tests of the values, and which of them run native kernels.
@@ -51,3 +53,12 @@ def test_kernels_are_right_with_every_instruction_set(forced: str, isa: str, ker
         text=True,
     )
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]
+
+
+def test_bf16_kernels_run_with_onednn_switched_off() -> None:
+    levels = [torch.randn(2, 70, 96, dtype=torch.bfloat16) for _ in range(3)]
+    alpha, weight = torch.rand(3, dtype=torch.bfloat16), torch.randn(80, 96, dtype=torch.bfloat16)
+    expected = merge_levels(levels, alpha, weight, backend="native")
+    with torch.backends.mkldnn.flags(enabled=False):
+        got = merge_levels(levels, alpha, weight, backend="native")
+    torch.testing.assert_close(got, expected, atol=0.1, rtol=2**-7)

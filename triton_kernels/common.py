@@ -40,3 +40,38 @@ def tanh(x):
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     away = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))
     return tl.where(tl.abs(x) < 0.25, series, away)
+
+
+# Tiles of matrices: M rows, N columns, K of the dimension that is summed over.
+
+
+@triton.jit
+def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column tile of a program: down GROUP row tiles, then to the next column, so that programs that
+    run together read the same rows and weights from the L2 cache."""
+    group = program // (GROUP * column_tiles)
+    first = group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    inside = program % (GROUP * column_tiles)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def load_rows_within(rows, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
+    """A tile of a [·, WIDTH] tensor, and zeros where it is not within."""
+    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
+    return tl.load(pointers, mask=within_M[:, None] & within_N[None, :], other=0.0)
+
+
+@triton.jit
+def load_columns_within(rows, row_K, within_K, column_M, within_M, WIDTH: tl.constexpr):
+    """The same, transposed. Without wgmma `load_rows_within(...).T` would not be loaded asynchronously."""
+    pointers = rows + row_K.to(tl.int64)[None, :] * WIDTH + column_M[:, None]
+    return tl.load(pointers, mask=within_M[:, None] & within_K[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(rows, tile, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
+    """Writes what is within of a tile of a [·, WIDTH] tensor, in its dtype."""
+    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
+    tl.store(pointers, tile.to(rows.dtype.element_ty), mask=within_M[:, None] & within_N[None, :])

@@ -15,8 +15,15 @@ Sizes: T tokens, R of them with a label, H features, V words. H and V are compil
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import LOG2E, dot, tanh
-from pyvlm.triton_kernels.moe_tiles import load_columns_within, load_rows_within, store_rows, tile_of
+from pyvlm.triton_kernels.common import (
+    LOG2E,
+    dot,
+    load_columns_within,
+    load_rows_within,
+    store_rows,
+    tanh,
+    tile_of,
+)
 
 # Arguments that differ from call to call: Triton is told not to compile anew for some of them.
 RUNTIME = ("tokens", "row_tiles", "first_word", "words", "smoothing", "z_loss")

@@ -71,17 +71,6 @@ def schedule_kernel(
 
 
 @triton.jit
-def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column tile of a program: down GROUP row tiles, then to the next column, so that programs that
-    run together read the same rows and weights from the L2 cache."""
-    group = program // (GROUP * column_tiles)
-    first = group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    inside = program % (GROUP * column_tiles)
-    return first + inside % height, inside // height
-
-
-@triton.jit
 def slots_of_tile(expert_offsets, tile_slot, tile, expert, slots, BLOCK_M: tl.constexpr):
     """First slot of a row tile, its slots, and which of them are the expert's."""
     first_slot = tl.load(tile_slot + tile)
@@ -111,27 +100,6 @@ def load_rows(
         else:
             tile = tl.load(pointers, mask=(column_N < WIDTH)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def load_rows_within(rows, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
-    """A tile of a [·, WIDTH] tensor, and zeros where it is not within."""
-    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
-    return tl.load(pointers, mask=within_M[:, None] & within_N[None, :], other=0.0)
-
-
-@triton.jit
-def load_columns_within(rows, row_K, within_K, column_M, within_M, WIDTH: tl.constexpr):
-    """The same, transposed. Without wgmma `load_rows_within(...).T` would not be loaded asynchronously."""
-    pointers = rows + row_K.to(tl.int64)[None, :] * WIDTH + column_M[:, None]
-    return tl.load(pointers, mask=within_M[:, None] & within_K[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(rows, tile, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
-    """Writes what is within of a tile of a [·, WIDTH] tensor, in its dtype."""
-    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
-    tl.store(pointers, tile.to(rows.dtype.element_ty), mask=within_M[:, None] & within_N[None, :])
 
 
 @triton.jit

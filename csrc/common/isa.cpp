@@ -1,5 +1,6 @@
 #include "common/isa.h"
 
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <ATen/cpu/Utils.h>
 
@@ -32,7 +33,10 @@ std::string isa_name(Isa isa) {
 
 bool has_bf16_dot() {
 #if defined(__x86_64__)
-  return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  // Torch's bf16 product, which the tiles go through, raises where oneDNN is switched off; torch does that
+  // itself when one of its own products has run out of memory.
+  return active_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") &&
+         at::globalContext().userEnabledMkldnn();
 #else
   return false;
 #endif

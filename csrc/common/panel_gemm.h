@@ -2,7 +2,8 @@
 // from.
 //
 // One operand of a product is resident: packed beforehand, in groups of 32 rows or columns, of which a chunk
-// stays in L2. The other, mostly weights, streams past it: panels of 64, packed into L1 a few channels deep.
+// stays in L2. The other, mostly weights, streams past it: panels of 64, packed a few hundred
+// channels deep.
 // Each panel is so read once a chunk, and nothing but tiles is ever padded.
 #pragma once
 
@@ -39,8 +40,8 @@ struct Operands {
 template <typename Gemm>
 struct Blocking {
   static constexpr int64_t kBytes = sizeof(typename Gemm::op_t) * Gemm::kPlanes;
-  // Channels of a panel that are packed at once: 32 KB, two thirds of L1.
-  static constexpr int64_t kStep = (32 << 10) / (kPanel * kBytes) / 32 * 32;
+  // Channels of a panel that are packed and multiplied at once.
+  static constexpr int64_t kStep = Gemm::kPanelBytes / (kPanel * kBytes) / 32 * 32;
 
   // Channels of a chunk that are resident: half of L2.
   static int64_t depth(int64_t K) {

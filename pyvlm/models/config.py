@@ -1,13 +1,15 @@
 """The configuration of a VLM: everything that `config.json` holds, checked before anything is built."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pyvlm.layout import RULES
+from pyvlm.models.connector_config import Connector, QFormerConfig, ResamplerConfig, SVAConfig
 from pyvlm.models.encoders import Pair
 from pyvlm.models.positions import PositionScheme
+from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.tower_config import Config, ConvConfig, ImageConfig, Size, TransformersConfig, ViTConfig
 from pyvlm.nn.fusion import Method
 from pyvlm.nn.moe_options import (
@@ -22,23 +24,8 @@ from pyvlm.nn.moe_options import (
 from pyvlm.nn.projector import Projector
 from pyvlm.ops.moe_experts import Activation
 
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 VisionTowerConfig = Annotated[ViTConfig | ConvConfig | TransformersConfig, Field(discriminator="type")]
-
-
-class QFormerConfig(Config):
-    """See `pyvlm.nn.QFormerFusion`; the queries are each tower's."""
-
-    hidden_dim: Size = 768
-    num_layers: Size = 2
-    num_heads: Size = 12
-    intermediate_dim: Size | None = None
-    cross_attention_frequency: Size = 2
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "QFormerConfig":
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_dim {self.hidden_dim}")
-        return self
 
 
 class FusionConfig(Config):
@@ -77,12 +64,13 @@ class FusionConfig(Config):
 class MoEConfig(Config):
     """Experts in place of the MLP in the layers `layers`; the rest is as in `pyvlm.nn.MoE`.
 
-    The options of the routers are those of `pyvlm.nn.RouterOptions`, which checks them.
+    "every_second" is layers 0, 2, 4, …, as MoE-LLaVA has them (arXiv 2401.15947); a `LanguageConfig` holds
+    their numbers. The options of the routers are those of `pyvlm.nn.RouterOptions`, which checks them.
     """
 
-    layers: Annotated[list[int], Field(min_length=1)]
+    layers: Annotated[list[int], Field(min_length=1)] | Literal["every_second"]
     num_experts: Size
-    intermediate_size: Size
+    intermediate_size: Size | None = None  # None: that of the MLPs
     activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
@@ -112,6 +100,33 @@ class MoEConfig(Config):
         return self
 
 
+class PartialLoRAConfig(Config):
+    """A low-rank update of the decoder's linears for image tokens only: see `pyvlm.nn.PartialLoRALinear`.
+
+    The numbers are those of InternLM-XComposer2 (arXiv 2401.16420). Fused projections (queries, keys and
+    values; gate and up) have one update. Experts have none.
+    """
+
+    rank: Size = 256
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    dropout: Dropout = 0.05
+    modules: list[Literal["attention", "mlp"]] = Field(default=["attention", "mlp"], min_length=1)
+
+
+class LoRAConfig(Config):
+    """A low-rank update of the decoder's linears (arXiv 2106.09685), by peft. Experts have none.
+
+    The numbers are those of LLaVA 1.5's fine-tuning.
+    """
+
+    rank: Size = 128
+    alpha: Annotated[float, Field(gt=0)] = 256.0
+    dropout: Dropout = 0.05
+    target_modules: list[str] = Field(
+        default=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], min_length=1
+    )
+
+
 class LanguageConfig(Config):
     """A pre-norm decoder: RMSNorm, rotary positions, grouped-query span attention, SwiGLU or experts."""
 
@@ -130,7 +145,10 @@ class LanguageConfig(Config):
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
     logit_softcap: Annotated[float, Field(gt=0)] | None = None
     tie_embeddings: bool = True
+    max_length: Size | None = None  # tokens of the longest sequence it was trained on; beyond it, chat warns
     moe: MoEConfig | None = None
+    partial_lora: PartialLoRAConfig | None = None
+    lora: LoRAConfig | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -140,12 +158,35 @@ class LanguageConfig(Config):
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_heads
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers that have experts, in their order."""
+        if self.moe is None:
+            return []
+        assert not isinstance(self.moe.layers, str), "_fill_in has named them"
+        return sorted(set(self.moe.layers))
+
     def window_of(self, layer: int) -> int | None:
         """The attention window of a layer, or None where it sees everything that the rule lets it see."""
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
+    @field_validator("moe")
+    @classmethod
+    def _fill_in(cls, moe: MoEConfig | None, info: ValidationInfo) -> MoEConfig | None:
+        """Which layers and which width are meant, where the experts' configuration leaves it to the model."""
+        if moe is None or not {"num_layers", "intermediate_size"} <= info.data.keys():
+            return moe
+        changes: dict[str, Any] = {}
+        if moe.layers == "every_second":
+            changes["layers"] = list(range(0, info.data["num_layers"], 2))
+        if moe.intermediate_size is None:
+            changes["intermediate_size"] = info.data["intermediate_size"]
+        return moe.model_copy(update=changes)
+
     @model_validator(mode="after")
     def _consistent(self) -> "LanguageConfig":
+        if self.lora is not None and self.partial_lora is not None:
+            raise ValueError("lora and partial_lora are both given: a model has one kind of update or none")
         causal_rules = [rule for rule in RULES if rule != "bidirectional"]
         if self.attention_rule not in causal_rules:
             raise ValueError(
@@ -164,7 +205,7 @@ class LanguageConfig(Config):
             raise ValueError("window_layers without a window")
         for what, layers in (
             ("window_layers", self.window_layers),
-            ("moe.layers", self.moe and self.moe.layers),
+            ("moe.layers", self.moe_layers),
         ):
             if bad := [i for i in layers or [] if not 0 <= i < self.num_layers]:
                 raise ValueError(f"{what} {bad} do not exist; the layers are 0 to {self.num_layers - 1}")
@@ -175,9 +216,10 @@ class VLMConfig(Config):
     """Vision towers → fusion → connector → language model."""
 
     image: ImageConfig
+    tiling: TilingConfig | None = None  # None: every image is one square of image.size
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
     fusion: FusionConfig
-    connector: Projector | Literal["none"] = "mlp2x_gelu"
+    connector: Connector = "mlp2x_gelu"  # a projector of each token, or what reads them into others
     position_scheme: PositionScheme = "all"  # of images: see `pyvlm.models.positions`
     language: LanguageConfig
     image_token_id: Annotated[int, Field(ge=0)]
@@ -186,12 +228,14 @@ class VLMConfig(Config):
 
     @property
     def tokens_per_image(self) -> int:
-        """Placeholders that each image takes in `input_ids`."""
+        """Placeholders that each image takes in `input_ids`; with `tiling`, the tokens of a tile."""
         return sum(math.prod(grid) for grid in self.token_grids)
 
     @property
     def token_grids(self) -> tuple[Pair, ...]:
         """The grids, (rows, columns) each, whose tokens follow one another in an image."""
+        if not isinstance(self.connector, str):
+            return (self.connector.grid,)
         grids = [tower.grid(self.image.size) for tower in self.vision_towers]
         if self.fusion.method == "channel_concat":
             return (grids[0] if self.fusion.grid is None else (self.fusion.grid,) * 2,)
@@ -229,7 +273,10 @@ class VLMConfig(Config):
                     f"tower {tower.name!r} takes images of {channels} channels, and image.channels is "
                     f"{self.image.channels}"
                 )
-        if self.fusion.method == "qformer" and self.position_scheme.startswith("share-by-row"):
+        queries_without_rows = not isinstance(self.connector, str) and self.connector.type == "qformer"
+        if isinstance(self.connector, str):
+            queries_without_rows = self.fusion.method == "qformer"
+        if queries_without_rows and self.position_scheme.startswith("share-by-row"):
             raise ValueError(
                 f"position_scheme {self.position_scheme!r} needs rows, and queries of a Q-Former have none"
             )
@@ -238,12 +285,49 @@ class VLMConfig(Config):
                 f'connector "none" needs fusion.hidden_size {self.fusion.hidden_size} to be that of the '
                 f"language model, {self.language.hidden_size}"
             )
+        self._check_connector()
+        if self.tiling is not None:
+            self._check_tiling(self.tiling)
         if self.image_token_id >= self.language.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} lies outside the vocabulary of "
                 f"{self.language.vocab_size}"
             )
         return self
+
+    def _check_connector(self) -> None:
+        connector, fusion = self.connector, self.fusion
+        if isinstance(connector, ResamplerConfig):
+            if fusion.method != "channel_concat":
+                raise ValueError(
+                    f'connector "resampler" reads one map: expected fusion.method "channel_concat", got '
+                    f"{fusion.method!r}"
+                )
+            connector.heads(self.language.hidden_size)
+        if isinstance(connector, SVAConfig):
+            of_merging = {"merge_weights", "shared_projection"}
+            given = fusion.model_dump(exclude_defaults=True).keys() - of_merging
+            if given:
+                raise ValueError(
+                    'connector "sva" reads the towers\' maps in place of a fusion: leave out '
+                    f"fusion.{min(given)}"
+                )
+            if deep := [tower.name for tower in self.vision_towers if tower.downsample]:
+                raise ValueError(f'connector "sva" resizes maps itself: leave out downsample of {deep}')
+            connector.windows_of([tower.grid(self.image.size) for tower in self.vision_towers])
+
+    def _check_tiling(self, tiling: TilingConfig) -> None:
+        if len(self.token_grids) > 1 or self.token_grids[0][0] != self.token_grids[0][1]:
+            raise ValueError(
+                "tiling needs one square map of tokens a tile, and an image has the maps "
+                f"{list(self.token_grids)}"
+            )
+        tiling.check(self.image.size, self.tokens_per_image)
+        if self.position_scheme.startswith("share-by-row"):
+            raise ValueError(
+                f"position_scheme {self.position_scheme!r} does not go with tiling, whose images differ in "
+                'their rows: take "all" or "share-all"'
+            )
 
     def without_sources(self) -> "VLMConfig":
         """The same without the folders that towers start from: what to keep once their weights are there."""

@@ -9,19 +9,29 @@ from torch import Tensor
 from pyvlm.layout import IMAGE, PADDING, TokenLayout
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.processor import IGNORED
+from pyvlm.models.tiling import check_lengths, check_sizes, host_sizes, image_lengths, number_images
 
 
 def default_layout(
-    config: VLMConfig, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    config: VLMConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    image_sizes: Tensor | None = None,
 ) -> TokenLayout:
     """The layout of rows that are one document each; every `tokens_per_image` placeholders are one image.
+
+    With tiling, an image has as many placeholders as its size in `image_sizes` [N, 2] takes.
 
     For rule "prefix", the prefix is all that is before the first label, or all where there are no labels.
     """
     layout = TokenLayout.from_input_ids(input_ids, config.image_token_id, attention_mask)
     is_image = layout.kind == IMAGE
     # By count and not by runs of placeholders: two images may stand side by side.
-    image = torch.where(is_image, (is_image.cumsum(1) - 1) // config.tokens_per_image, -1).int()
+    if config.tiling is not None:
+        image = number_images(is_image, image_lengths(config, host_sizes(image_sizes)))
+    else:
+        image = torch.where(is_image, (is_image.cumsum(1) - 1) // config.tokens_per_image, -1).int()
     prefix = None
     if config.language.attention_rule == "prefix":
         prefix = layout.kind != PADDING
@@ -43,6 +53,7 @@ def check_inputs(
     images: Tensor | None,
     labels: Tensor | None,
     attention_mask: Tensor | None,
+    image_sizes: Tensor | None = None,
 ) -> None:
     """Raises TypeError or ValueError where the tensors of a batch do not fit the model or each other.
 
@@ -64,6 +75,7 @@ def check_inputs(
         )
     if images is not None and not images.is_floating_point():
         raise TypeError(f"images must be floating, as Processor gives them, got {images.dtype}")
+    check_sizes(config, images, image_sizes)
     if not input_ids.is_cpu or torch.compiler.is_compiling():
         return
     outside = (input_ids < 0) | (input_ids >= config.language.vocab_size)
@@ -76,12 +88,15 @@ def check_inputs(
     if images is not None and not (finite := images.isfinite().flatten(1).all(1)).all():
         number = finite.logical_not().nonzero()[0].item()
         raise ValueError(f"image {number} of the batch has NaN or infinite pixels")
-    _check_counts(config, input_ids, 0 if images is None else len(images))
-
-
-def _check_counts(config: VLMConfig, input_ids: Tensor, num_images: int) -> None:
-    each = config.tokens_per_image
     placeholders = (input_ids == config.image_token_id).sum(1).tolist()
+    if config.tiling is None:
+        _check_counts(config.tokens_per_image, placeholders, 0 if images is None else len(images))
+    else:
+        sizes = host_sizes(image_sizes)
+        check_lengths(placeholders, sizes, image_lengths(config, sizes))
+
+
+def _check_counts(each: int, placeholders: list[int], num_images: int) -> None:
     for sample, count in enumerate(placeholders):
         if count % each:
             raise ValueError(

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyvlm.layout import AttentionSpans, TokenLayout
+from pyvlm.layout import IMAGE, AttentionSpans, TokenLayout
 from pyvlm.models.config import LanguageConfig
 from pyvlm.models.positions import position_ids
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_routing import TokenGroups
+from pyvlm.nn.partial_lora import ImageTokens, project
 
 
 class SwiGLU(nn.Module):
@@ -23,9 +24,9 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x_BLC).chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)
+    def forward(self, x_BLC: Tensor, image_tokens: ImageTokens | None = None) -> Tensor:
+        gate, up = project(self.gate_up_proj, x_BLC, image_tokens).chunk(2, dim=-1)
+        return project(self.down_proj, nn.functional.silu(gate) * up, image_tokens)
 
 
 class DecoderLayer(nn.Module):
@@ -43,7 +44,7 @@ class DecoderLayer(nn.Module):
         )
         self.mlp_norm = nn.RMSNorm(hidden, config.rms_norm_eps)
         self.mlp: nn.Module
-        if config.moe is not None and index in config.moe.layers:
+        if config.moe is not None and index in config.moe_layers:
             options = config.moe.model_dump(exclude={"layers"})
             self.mlp = MoE(hidden, **options, backend=backend)
         else:
@@ -57,13 +58,14 @@ class DecoderLayer(nn.Module):
         new_tokens: TokenLayout,
         groups: TokenGroups | None,
         cache: KeyValueCache | None,
+        image_tokens: ImageTokens | None,
     ) -> tuple[Tensor, MoEStats | None]:
-        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), spans, rotary, cache)
+        x_BLC = x_BLC + self.attention(self.attention_norm(x_BLC), spans, rotary, cache, image_tokens)
         if isinstance(self.mlp, MoE):
             # With a cache it is generation, which has no use for statistics.
             y_BLC, stats = self.mlp(self.mlp_norm(x_BLC), new_tokens, groups, statistics=cache is None)
             return x_BLC + y_BLC, stats
-        return x_BLC + self.mlp(self.mlp_norm(x_BLC)), None
+        return x_BLC + self.mlp(self.mlp_norm(x_BLC), image_tokens), None
 
 
 class LanguageModel(nn.Module):
@@ -97,6 +99,7 @@ class LanguageModel(nn.Module):
         layout: TokenLayout,
         cache: list[KeyValueCache] | None = None,
         positions_BK: Tensor | None = None,
+        num_image_tokens: int | None = None,
     ) -> tuple[Tensor, list[MoEStats]]:
         """Runs the L new tokens through all layers.
 
@@ -105,6 +108,7 @@ class LanguageModel(nn.Module):
             layout: of all tokens so far, those in the cache and the new ones.
             cache: one a layer; extended by the new tokens.
             positions_BK: of all tokens so far, int64; None: one position a token (`position_ids`).
+            num_image_tokens: among the new ones; None: counted where Partial LoRA needs it.
 
         Returns:
             Normalised hidden states [B, L, C], and the statistics of each MoE layer; with a cache none.
@@ -118,6 +122,10 @@ class LanguageModel(nn.Module):
         rotary = rotary_tables(positions_BK[:, start:], config.head_size, config.rope_theta)
         new_tokens = layout if start == 0 else slice_layout(layout, start, layout.length)
         groups = None if config.moe is None else TokenGroups.of(new_tokens)
+        image_tokens = None
+        # Without images too, so that in training each parameter has a gradient; generation needs none.
+        if config.partial_lora is not None and (num_image_tokens != 0 or cache is None):
+            image_tokens = ImageTokens(new_tokens.kind == IMAGE, num_image_tokens)
         x_BLC, all_stats = embeds_BLC, []
         for i, layer in enumerate(self.layers):
             arguments = (
@@ -127,6 +135,7 @@ class LanguageModel(nn.Module):
                 new_tokens,
                 groups,
                 None if cache is None else cache[i],
+                image_tokens,
             )
             if self.gradient_checkpointing and self.training:
                 x_BLC, stats = checkpoint(layer, *arguments, use_reentrant=False)

@@ -30,13 +30,15 @@ class Config(BaseModel):
 class ImageConfig(Config):
     """The pixels that every tower receives: [N, channels, size, size], less `mean` and divided by `std`.
 
-    Both are one number, or one a channel, of pixels in [0, 1].
+    Both are one number, or one a channel, of pixels in [0, 1]. `fit` says how an image becomes a square:
+    it is stretched, or padded with `mean` first.
     """
 
     size: Size
     channels: Literal[1, 3] = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    fit: Literal["stretch", "pad"] = "stretch"
 
     @model_validator(mode="after")
     def _one_a_channel(self) -> "ImageConfig":

@@ -1,9 +1,11 @@
 """The vision-language model: vision towers → fusion → connector → decoder, from one configuration.
 
 Shapes: B samples, L new tokens, K all tokens so far, N images in reading order, T tokens an image, V words.
+With tiling (`VLMConfig.tiling`), M base views and tiles stand in for the N images at the vision towers.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 
 from pyvlm.layout import TokenLayout
 from pyvlm.models import checkpoint, generation
+from pyvlm.models.adapters import inject_adapters
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.connector import build_connector, build_fusion
 from pyvlm.models.inputs import check_inputs, default_layout, next_labels
 from pyvlm.models.language import LanguageModel
+from pyvlm.models.parts import split_parts
 from pyvlm.models.positions import grid_cells, position_ids
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
+from pyvlm.models.tiling import build_packer, host_sizes
 from pyvlm.models.vision import ViTTower, build_tower
 from pyvlm.nn.attention import KeyValueCache
 from pyvlm.nn.moe import MoE, MoEStats
@@ -62,12 +67,14 @@ class VLM(nn.Module):
         )
         self.fusion = build_fusion(config)
         self.connector = build_connector(config, self.fusion.out_dim)
+        self.image_packer = build_packer(config)
         self.language = LanguageModel(config.language, config.backend)
         self.column_embedding = None
         if config.position_scheme == "share-by-row-and-column":
             columns = max(columns for _, columns in config.token_grids)
             self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
+        inject_adapters(self.language, config.backend)  # last: they start in their own way
 
     def forward(
         self,
@@ -77,25 +84,31 @@ class VLM(nn.Module):
         labels: Tensor | None = None,
         layout: TokenLayout | None = None,
         cache: list[KeyValueCache] | None = None,
+        image_sizes: Tensor | None = None,
     ) -> VLMOutput:
         """The loss of a batch, or its logits where no labels are given.
 
         Args:
-            input_ids: int64 [B, L], `config.tokens_per_image` placeholders an image.
+            input_ids: int64 [B, L], `config.tokens_per_image` placeholders an image; with tiling, as many as
+                an image of its size takes.
             images: floating [N, C, H, W], those of all samples in reading order; None where there are none.
+                With tiling [M, C, H, W], image by image the base view and the tiles.
             attention_mask: [B, L], 1 for a token and 0 for padding on either side; without a `layout` only.
             labels: int64 [B, L], aligned with input_ids (the shift is made here), −100: nothing to learn.
             layout: what each of the K tokens is; None: `default_layout` of the rest.
             cache: of `new_cache`; `layout` then covers the tokens in it and the new ones. Not with labels.
+            image_sizes: integer [N, 2], with tiling only: (height, width) of each image before it was cut.
+                Best left on the CPU, where they are read.
 
         Raises:
             TypeError, ValueError: a wrong type, shape or value, or images that do not match the placeholders;
                 on the CPU before anything is computed.
         """
-        check_inputs(self.config, input_ids, images, labels, attention_mask)
+        image_sizes = None if image_sizes is None else image_sizes.cpu()
+        check_inputs(self.config, input_ids, images, labels, attention_mask, image_sizes)
         cached = 0 if cache is None else cache[0].length
         if layout is None and cached == 0:
-            layout = default_layout(self.config, input_ids, attention_mask, labels)
+            layout = default_layout(self.config, input_ids, attention_mask, labels, image_sizes)
         elif layout is None or attention_mask is not None:
             raise ValueError(
                 "with tokens in the cache a layout is needed, and with a layout no attention_mask"
@@ -108,7 +121,7 @@ class VLM(nn.Module):
         if labels is not None and cache is not None:
             raise ValueError("labels need a full pass: leave out the cache")
 
-        hidden_BLC, moe_stats = self.hidden_states(input_ids, images, layout, cache)
+        hidden_BLC, moe_stats = self.hidden_states(input_ids, images, layout, cache, image_sizes)
         aux_loss = sum((stats.aux_loss for stats in moe_stats), start=hidden_BLC.new_zeros(()))
         if labels is None:
             return VLMOutput(None, None, aux_loss, self.language.logits(hidden_BLC), moe_stats)
@@ -128,20 +141,29 @@ class VLM(nn.Module):
         images: Tensor | None,
         layout: TokenLayout,
         cache: list[KeyValueCache] | None = None,
+        image_sizes: Tensor | None = None,
     ) -> tuple[Tensor, list[MoEStats]]:
         """The last hidden states [B, L, hidden] before the head; arguments as in `forward`, unchecked."""
         embeds_BLC = self.language.embed_tokens(input_ids)
+        num_image_tokens = 0
         if images is not None and len(images):
             features_NTC = self.image_features(images).to(embeds_BLC.dtype)
             is_image_BL = input_ids == self.config.image_token_id
-            embeds_BLC = place_image_tokens(
-                embeds_BLC, features_NTC.flatten(0, 1), is_image_BL, backend=self.config.backend
-            )
+            if self.image_packer is None:
+                features_RC = features_NTC.flatten(0, 1)
+                num_image_tokens = len(features_RC)
+                embeds_BLC = place_image_tokens(
+                    embeds_BLC, features_RC, is_image_BL, backend=self.config.backend
+                )
+            else:
+                sizes = host_sizes(image_sizes)
+                num_image_tokens = sum(self.image_packer.num_tokens(size) for size in sizes)
+                embeds_BLC = self.image_packer.place(embeds_BLC, features_NTC, is_image_BL, sizes)
         positions_BK = position_ids(layout, self.config.position_scheme, [self.config.token_grids])
-        return self.language(embeds_BLC, layout, cache, positions_BK)
+        return self.language(embeds_BLC, layout, cache, positions_BK, num_image_tokens)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]."""
+        """Images [N, C, H, W] as tokens of the language model, [N, T, hidden]; with tiling, maps [M, ..]."""
         images = images.to(self.language.embed_tokens.weight.dtype)
         levels = {name: tower(images) for name, tower in self.vision_towers.items()}
         tokens_NTC = self.connector(self.fusion(levels))
@@ -165,20 +187,20 @@ class VLM(nn.Module):
         for layer, *stats in zip(self._moe_layers(), *moe_stats, strict=True):
             layer.update_router(*stats)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of each part, to freeze it or set its learning rate; each is in one part."""
-        experts = [parameter for layer in self._moe_layers() for parameter in layer.parameters()]
-        in_experts = {id(parameter) for parameter in experts}
-        return {
-            "vision": list(self.vision_towers.parameters()),
-            "fusion": list(self.fusion.parameters()),
-            "connector": [
-                *self.connector.parameters(),
-                *([] if self.column_embedding is None else self.column_embedding.parameters()),
-            ],
-            "language": [p for p in self.language.parameters() if id(p) not in in_experts],
-            "moe": experts,
-        }
+    def parts(self, finer: Sequence[str] = ()) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each part, to freeze it or set its learning rate; each is in one part.
+
+        "vision", "fusion", "connector" (with the embedding of columns and the newline row), "language", "moe"
+        (experts and their routers) and, where the model has them, "partial_lora" and "lora".
+
+        Args:
+            finer: pieces to take out of these as parts of their own: "vision.NAME", a tower, and
+                "language.embeddings", those of the tokens and the head.
+
+        Raises:
+            ValueError: there is no such piece.
+        """
+        return split_parts(self, finer)
 
     def save_pretrained(self, folder: str | os.PathLike[str], processor: Processor | None = None) -> None:
         """Writes config.json, model.safetensors and the processor's files, all of them or nothing.

@@ -1,5 +1,6 @@
 """Modules made of `pyvlm.ops`: parameters and wiring, no kernel logic."""
 
+from pyvlm.nn.anyres import AnyResPacker
 from pyvlm.nn.attention import KeyValueCache, SpanAttention, rotary_tables
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.experts import SoftMoE
@@ -9,13 +10,16 @@ from pyvlm.nn.loss import LinearCrossEntropy
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
-from pyvlm.nn.partial_lora import PartialLoRALinear
+from pyvlm.nn.partial_lora import ImageTokens, PartialLoRALinear
 from pyvlm.nn.projector import build_projector
 from pyvlm.nn.qformer import QFormer, QFormerFusion
+from pyvlm.nn.spatial_aggregator import SpatialVisionAggregator
 
 __all__ = [
+    "AnyResPacker",
     "EncoderFeatures",
     "FeatureFusion",
+    "ImageTokens",
     "KeyValueCache",
     "Linear",
     "LinearCrossEntropy",
@@ -31,6 +35,7 @@ __all__ = [
     "RouterOptions",
     "SoftMoE",
     "SpanAttention",
+    "SpatialVisionAggregator",
     "TokenGroups",
     "build_projector",
     "rotary_tables",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvlm.layout import AttentionSpans
+from pyvlm.nn.partial_lora import ImageTokens, project
 from pyvlm.ops.attention import span_attention
 
 Rotary = tuple[Tensor, Tensor]
@@ -63,6 +64,22 @@ class KeyValueCache:
         self.length = stop
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
+    def first(self, length: int, max_length: int) -> "KeyValueCache":
+        """A copy that holds the first `length` tokens a row, with room for `max_length`.
+
+        Raises:
+            ValueError: this one holds fewer, or they do not fit.
+        """
+        if not 0 <= length <= min(self.length, max_length):
+            raise ValueError(
+                f"the cache holds {self.length} tokens a row: no copy of {length} with room for {max_length} "
+                "can be made"
+            )
+        copy = KeyValueCache(max_length)
+        if self._keys is not None and self._values is not None:
+            copy.append(self._keys[:, :, :length], self._values[:, :, :length])
+        return copy
+
 
 class SpanAttention(nn.Module):
     """Self-attention in which `AttentionSpans` say which keys each token sees.
@@ -113,6 +130,7 @@ class SpanAttention(nn.Module):
         spans: AttentionSpans,
         rotary: Rotary | None = None,
         cache: KeyValueCache | None = None,
+        image_tokens: ImageTokens | None = None,
     ) -> Tensor:
         """Attends from the L tokens given to all K keys of `spans`: the cached ones, then these L themselves.
 
@@ -121,12 +139,13 @@ class SpanAttention(nn.Module):
             spans: L queries, K keys.
             rotary: tables of `rotary_tables` for the L tokens; None: no rotary positions.
             cache: keys and values of the tokens before these; it is extended by these.
+            image_tokens: of the L tokens; for projections that are a `PartialLoRALinear`.
 
         Returns:
             [B, L, C]; the rows of padding tokens are the bias of the output projection, or 0.
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv_proj(hidden_states_BLC).unflatten(-1, (-1, self.head_dim))
+        qkv = project(self.qkv_proj, hidden_states_BLC, image_tokens).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
         if rotary is not None:
             qk = rotate(qk, rotary)
@@ -137,4 +156,4 @@ class SpanAttention(nn.Module):
         out_BHLD = span_attention(
             q_BHLD, k_BGKD, v_BGKD, spans, self.scale, self.softcap, self.sinks, backend=self.backend
         )
-        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
+        return project(self.o_proj, out_BHLD.transpose(1, 2).flatten(2), image_tokens)

@@ -6,13 +6,14 @@ from torch import nn
 
 from pyvlm.nn.linear import Linear
 
-Projector = Literal["linear", "mlp2x_gelu", "prismatic", "gelu_linear"]
+Projector = Literal["linear", "linear_layernorm", "mlp2x_gelu", "prismatic", "gelu_linear"]
 
 
 def build_projector(kind: str, in_size: int, out_size: int) -> nn.Module:
     """From [..., in_size] to [..., out_size].
 
     - "linear": LLaVA (arXiv 2304.08485).
+    - "linear_layernorm": DeepSpeed-VisualChat's baseline (arXiv 2309.14327).
     - "mlp2x_gelu": two layers, LLaVA 1.5 (arXiv 2310.03744).
     - "prismatic": three layers, the first four times as wide as its input: Prismatic's projector of fused
       features (arXiv 2402.07865).
@@ -24,6 +25,8 @@ def build_projector(kind: str, in_size: int, out_size: int) -> nn.Module:
     """
     if kind == "linear":
         return Linear(in_size, out_size)
+    if kind == "linear_layernorm":
+        return nn.Sequential(Linear(in_size, out_size), nn.LayerNorm(out_size, eps=1e-12))
     if kind == "mlp2x_gelu":
         return nn.Sequential(Linear(in_size, out_size), nn.GELU(), Linear(out_size, out_size))
     if kind == "prismatic":

@@ -19,6 +19,7 @@ from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_im
 from pyvlm.ops.tiling import (
     anyres_grid,
     anyres_index,
+    anyres_tokens,
     letterbox_masks,
     pixel_shuffle_index,
     pixel_unshuffle_index,
@@ -29,6 +30,7 @@ __all__ = [
     "add_at_image_tokens",
     "anyres_grid",
     "anyres_index",
+    "anyres_tokens",
     "balance_bias",
     "expert_choice",
     "expert_mlp",

@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -94,3 +95,12 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
             f'backend="{backend}" cannot run on {device}: {reason}; use backend="auto" or "reference"'
         )
     return backend
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Has the gradients of an op's kernels raise where they are differentiated themselves."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f'{op} has no second derivative but in its reference: use backend="reference"')
+
+    torch.library.register_autograd(f"pyvlm::{op}_backward", refuse)

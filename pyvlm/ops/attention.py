@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.layout import AttentionSpans
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.reference import attention as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -252,12 +252,6 @@ def _gradients(
     return (*grads, None, None, None, None, None, None, None if sinks is None else grad_sinks)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        'span_attention has no second derivative but in its reference: use backend="reference"'
-    )
-
-
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pyvlm.triton_kernels import attention  # not before it is needed: Triton takes a second to import
 
@@ -290,4 +284,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::span_attention", _fake)
     torch.library.register_fake("pyvlm::span_attention_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::span_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pyvlm::span_attention_backward", _refuse_second_derivative)
+    refuse_second_derivative("span_attention")

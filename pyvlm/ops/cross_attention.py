@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import cross_attention as reference
 from pyvlm.reference.fusion import accumulator
@@ -236,12 +236,6 @@ def _local_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ..
     return (*grads, None, None, no_masks, None)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        'local_cross_attention has no second derivative but in its reference: use backend="reference"'
-    )
-
-
 def _local_triton(*args: Any) -> tuple[Tensor, Tensor]:
     from pyvlm.triton_kernels import cross_attention  # not before it is needed: Triton takes a second
 
@@ -289,4 +283,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_autograd(
         "pyvlm::local_cross_attention", _local_backward, setup_context=_local_setup_context
     )
-    torch.library.register_autograd("pyvlm::local_cross_attention_backward", _refuse_second_derivative)
+    refuse_second_derivative("local_cross_attention")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._checks import Shapes, as_list
 from pyvlm.reference import fusion as reference
 
@@ -132,10 +132,6 @@ def _merge_levels_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple
     return (of_levels if needs[0] else [None] * len(levels), *grads, None, None)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError('merge_levels has no second derivative but in its reference: use backend="reference"')
-
-
 def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pyvlm.triton_kernels import fusion  # not before it is needed: Triton takes a second to import
 
@@ -196,4 +192,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_autograd(
         "pyvlm::merge_levels", _merge_levels_backward, setup_context=_merge_levels_setup_context
     )
-    torch.library.register_autograd("pyvlm::merge_levels_backward", _refuse_second_derivative)
+    refuse_second_derivative("merge_levels")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyvlm import _native
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import fusion as reference
 
@@ -232,13 +232,6 @@ def _where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "fuse_grids and patches_to_token have no second derivative but in their references: use "
-        'backend="reference"'
-    )
-
-
 if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::fuse_grids", _fake_fuse_grids)
     torch.library.register_fake("pyvlm::fuse_grids_backward", _fake_fuse_grids_backward)
@@ -250,5 +243,5 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_autograd(
         "pyvlm::patches_to_token", _patches_to_token_gradients, setup_context=_keep_patches_to_token
     )
-    for _op in ("fuse_grids_backward", "patches_to_token_backward"):
-        torch.library.register_autograd(f"pyvlm::{_op}", _refuse_second_derivative)
+    refuse_second_derivative("fuse_grids")
+    refuse_second_derivative("patches_to_token")

@@ -71,12 +71,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError('linear has no second derivative but in its reference: use backend="reference"')
-
-
 if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::linear", _fake)
     torch.library.register_fake("pyvlm::linear_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::linear", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pyvlm::linear_backward", _refuse_second_derivative)
+    _backends.refuse_second_derivative("linear")

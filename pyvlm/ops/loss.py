@@ -131,12 +131,6 @@ def _gradients(
     return tuple(grads)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        'linear_cross_entropy has no second derivative but in its reference: use backend="reference"'
-    )
-
-
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
     from pyvlm.triton_kernels import loss  # not before it is needed: Triton takes a second to import
 
@@ -167,4 +161,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::linear_cross_entropy", _fake)
     torch.library.register_fake("pyvlm::linear_cross_entropy_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::linear_cross_entropy", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pyvlm::linear_cross_entropy_backward", _refuse_second_derivative)
+    _backends.refuse_second_derivative("linear_cross_entropy")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyvlm import _native
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._moe_checks import (
     check_capacities,
     check_expert_vector,
@@ -361,12 +361,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_logits, *(None,) * (ctx.num_inputs - 1)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        'the routers have no second derivative but in their reference: use backend="reference"'
-    )
-
-
 if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::expert_choice", _fake_expert_choice)
     torch.library.register_fake("pyvlm::token_choice", _fake_token_choice)
@@ -376,4 +370,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_autograd("pyvlm::expert_choice", _backward, setup_context=_setup_context)
     torch.library.register_autograd("pyvlm::token_choice", _backward, setup_context=_setup_token_choice)
     torch.library.register_autograd("pyvlm::threshold_choice", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pyvlm::routing_backward", _refuse_second_derivative)
+    refuse_second_derivative("routing")

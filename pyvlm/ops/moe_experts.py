@@ -183,10 +183,6 @@ def _gradients(
     return tuple(grads)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError('expert_mlp has no second derivative but in its reference: use backend="reference"')
-
-
 def _triton(*args: Any) -> tuple[Tensor, Tensor]:
     from pyvlm.triton_kernels import moe  # not before it is needed: Triton takes a second to import
 
@@ -217,4 +213,4 @@ if _native.C is not None:  # it defines the schemas
     torch.library.register_fake("pyvlm::expert_mlp", _fake)
     torch.library.register_fake("pyvlm::expert_mlp_backward", _fake_backward)
     torch.library.register_autograd("pyvlm::expert_mlp", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pyvlm::expert_mlp_backward", _refuse_second_derivative)
+    _backends.refuse_second_derivative("expert_mlp")

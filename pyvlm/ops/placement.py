@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
-from pyvlm.ops._backends import resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve
 from pyvlm.ops._checks import Shapes
 from pyvlm.reference import placement as reference
 
@@ -327,15 +327,12 @@ def _register(op: str) -> None:
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients(getattr(torch.ops.pyvlm, f"{op}_backward"), ctx, grad)
 
-    def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(f'{op} has no second derivative but in its reference: use backend="reference"')
-
     torch.library.impl(f"pyvlm::{op}", "CUDA", _triton(op))
     torch.library.impl(f"pyvlm::{op}_backward", "CUDA", _triton(f"{op}_backward"))
     torch.library.register_fake(f"pyvlm::{op}", fake)
     torch.library.register_fake(f"pyvlm::{op}_backward", fake_backward)
     torch.library.register_autograd(f"pyvlm::{op}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"pyvlm::{op}_backward", refuse_second_derivative)
+    refuse_second_derivative(op)
 
 
 if _native.C is not None:  # it defines the schemas

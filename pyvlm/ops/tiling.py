@@ -47,6 +47,7 @@ def anyres_index(
     tile_tokens: int,
     newline: bool = True,
     num_maps: Sequence[int] | None = None,
+    unpad: bool = True,
 ) -> tuple[Tensor, list[int]]:
     """The index map of LLaVA-NeXT's packing: base view, then the tiles as one unpadded map with newlines.
 
@@ -61,6 +62,7 @@ def anyres_index(
         tile_tokens: side of a tile in tokens.
         newline: put a newline row after each row of the tiled map (and after a base view that stands alone).
         num_maps: maps of each image, 1 for a base view alone or 1 + tiles; all tiled where None.
+        unpad: leave out the rows or columns of the tiled map that show nothing but padding.
 
     Returns:
         int32 [S] over all images, `NEWLINE` for the newline row; and the number of tokens of each image.
@@ -80,14 +82,30 @@ def anyres_index(
                 f"anyres_index: image {i} of size {tuple(image_size)} has {maps} maps, but its grid of "
                 f"{grid} tiles needs {1 + grid[0] * grid[1]} with the base view, or 1 without tiles"
             )
-        index = _base_and_tiles(image_size, grid if maps > 1 else (0, 0), tile_tokens, newline)
+        index = _base_and_tiles(image_size, grid if maps > 1 else (0, 0), tile_tokens, newline, unpad)
         pieces.append(torch.where(index == NEWLINE, index, index + first_row))
         lengths.append(index.numel())
         first_row += maps * tile_tokens**2
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32), lengths
 
 
-def _base_and_tiles(image_size: tuple[int, int], grid: tuple[int, int], side: int, newline: bool) -> Tensor:
+def anyres_tokens(
+    image_size: tuple[int, int],
+    pinpoints: Sequence[tuple[int, int]],
+    tile_size: int,
+    tile_tokens: int,
+    newline: bool = True,
+    unpad: bool = True,
+) -> int:
+    """The number of tokens of a tiled image: the length of its `anyres_index`, with the same arguments."""
+    rows, columns = (tile_tokens * tiles for tiles in anyres_grid(image_size, pinpoints, tile_size))
+    top, left = _letterbox_padding(image_size, (rows, columns)) if unpad else (0, 0)
+    return tile_tokens**2 + (rows - 2 * top) * (columns - 2 * left + int(newline))
+
+
+def _base_and_tiles(
+    image_size: tuple[int, int], grid: tuple[int, int], side: int, newline: bool, unpad: bool
+) -> Tensor:
     """The index of one image, as if its base map began at row 0; no tiles where the grid is (0, 0)."""
     base = torch.arange(side * side, dtype=torch.int32)
     if grid == (0, 0):
@@ -95,7 +113,7 @@ def _base_and_tiles(image_size: tuple[int, int], grid: tuple[int, int], side: in
     rows, columns = grid
     tiles = torch.arange(side * side, (1 + rows * columns) * side * side, dtype=torch.int32)
     tiled_map = tiles.view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, columns * side)
-    top, left = _letterbox_padding(image_size, (rows * side, columns * side))
+    top, left = _letterbox_padding(image_size, (rows * side, columns * side)) if unpad else (0, 0)
     tiled_map = tiled_map[top : rows * side - top, left : columns * side - left]
     tiled_map = torch.nn.functional.pad(tiled_map, (0, int(newline)), value=NEWLINE)
     return torch.cat([base, tiled_map.flatten()])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pyvlm.training.digits import Dialogue, Round
+from pyvlm.training.dialogue import Dialogue, Round
 
 Messages = list[dict[str, Any]]
 

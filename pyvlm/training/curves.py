@@ -49,7 +49,7 @@ def write_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -
         for step, _ in stage_starts(steps)[1:]:
             axes.axvline(step - 0.5, color="black", linewidth=0.5, alpha=0.5, linestyle="--")
     for step, stage in stage_starts(steps):
-        loss_axes.annotate(
+        label = loss_axes.annotate(
             stage,
             (step - 0.5, 1),
             (3, -2),
@@ -58,6 +58,7 @@ def write_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -
             va="top",
             fontsize=8,
         )
+        label.set_in_layout(False)  # a long name of a short stage would leave no room for the axes
     figure.axes[-1].set(xlabel="step")
 
     buffer = io.BytesIO()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyvlm.training.digits import DigitDialogues, load_split
+from pyvlm.training.digits import DigitDialogues, DigitsConfig, load_split
 from pyvlm.training.evaluate import Transcript, accuracy_table, commonest_answers, evaluate, expert_load
 from pyvlm.training.pictures import write_pictures
 from pyvlm.training.recipe import Recipe
@@ -42,6 +42,7 @@ def run_demo(
     model, processor = trained.model, trained.processor
 
     settings, stage = recipe.evaluation, list(recipe.stages.values())[-1]
+    assert isinstance(stage.data, DigitsConfig), "the demo is about digits"
     held_out = DigitDialogues("test", settings.data, recipe.seed).batch(0, range(settings.dialogues))
     result = evaluate(model, processor, held_out, settings.batch_size)
     table = accuracy_table(result, commonest_answers(settings.data, recipe.seed))
@@ -86,7 +87,7 @@ def format_table(table: Sequence[Row]) -> str:
 
 def format_transcript(transcript: Transcript) -> str:
     """A dialogue for a terminal, with the true answer where the model was wrong."""
-    digits = transcript.dialogue.digits
+    digits = transcript.dialogue.shown
     lines = [f"held-out images of {', '.join(map(str, digits[:-1]))} and {digits[-1]}"]
     for asked in transcript.rounds:
         mark = "" if asked.right else f"   wrong, it is {asked.expected}"

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -11,9 +10,9 @@ from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MODALITIES
 from pyvlm.training.conversation import Messages, answer, ask, dialogue_messages, open_conversation
-from pyvlm.training.digits import Dialogue, DigitDialogues, DigitsConfig
-
-MAX_ANSWER_TOKENS = 48  # five words an image, of up to nine, some more, and the end
+from pyvlm.training.dialogue import Dialogue
+from pyvlm.training.digits import DigitDialogues, DigitsConfig
+from pyvlm.training.replies import reply
 
 
 @dataclass(frozen=True)
@@ -98,25 +97,6 @@ def _hold(model: VLM, processor: Processor, dialogues: Sequence[Dialogue]) -> li
             asked = dialogues[i].rounds[number]
             transcripts[i].rounds.append(Asked(asked.kind, asked.question, asked.answer, text))
     return transcripts
-
-
-def reply(
-    model: VLM,
-    processor: Processor,
-    conversations: Sequence[Messages],
-    max_new_tokens: int = MAX_ANSWER_TOKENS,
-) -> list[str]:
-    """The model's greedy answers to conversations that end with a question."""
-    samples = [processor.encode(messages, add_generation_prompt=True) for messages in conversations]
-    batch = processor.collate(samples, padding_side="left")
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {
-        name: None if tensor is None else tensor.to(device)
-        for name, tensor in batch.items()
-        if name != "labels"
-    }
-    tokens_BN = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=processor.end_token_id)
-    return [processor.decode(row) for row in tokens_BN]
 
 
 def commonest_answers(config: DigitsConfig, seed: int, dialogues: int = 1000) -> dict[str, str]:

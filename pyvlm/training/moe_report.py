@@ -75,7 +75,7 @@ def report_experts(
         raise ValueError("the model has no mixture-of-experts layers: language.moe is not in its config")
     model.eval()
     device = next(model.parameters()).device
-    layers = sorted(set(moe.layers))
+    layers = model.config.language.moe_layers
     shape = len(layers), len(MODALITIES), moe.num_experts
     dispatched, dropped = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     unrouted = torch.zeros(shape[:2], dtype=torch.int64)
@@ -85,8 +85,11 @@ def report_experts(
         conversations += len(part)
         collated = processor.collate(part).items()
         batch: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in collated}
-        layout = default_layout(model.config, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        stats = model.hidden_states(batch["input_ids"], batch["images"], layout)[1]
+        input_ids, image_sizes = batch["input_ids"], batch.get("image_sizes")
+        layout = default_layout(
+            model.config, input_ids, batch["attention_mask"], batch["labels"], image_sizes
+        )
+        stats = model.hidden_states(input_ids, batch["images"], layout, image_sizes=image_sizes)[1]
         dispatched += torch.stack([layer.dispatched for layer in stats]).cpu()
         dropped += torch.stack([layer.dropped for layer in stats]).cpu()
         unrouted += torch.stack([layer.unrouted for layer in stats]).cpu()

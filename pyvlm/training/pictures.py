@@ -6,12 +6,14 @@ Shapes: H × W pixels of a picture, s × s of the model's image.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from pyvlm.models.images import load_image
+from pyvlm.models.tower_config import ImageConfig
 
 MAGNIFICATION = 8  # of pictures on disk, so that a viewer shows more than a dot
 # A digit that takes less of its picture is cut out; the data's own fill theirs.
@@ -45,6 +47,17 @@ def read_strokes(path: str | os.PathLike[str], size: int) -> tuple[np.ndarray, b
     square = torch.from_numpy(_cut_out(grey_HW))[None, None]
     small = torch.nn.functional.interpolate(square, (size, size), mode="area")
     return small[0, 0].numpy(), inverted
+
+
+def read_picture(path: str | os.PathLike[str], image: ImageConfig) -> tuple[Any, bool]:
+    """A picture as a model takes it, and whether it was inverted.
+
+    Models of grey images are models of strokes and take what `read_strokes` reads; others the picture itself.
+
+    Raises:
+        ValueError: as `read_strokes`.
+    """
+    return read_strokes(path, image.size) if image.channels == 1 else (load_image(path), False)
 
 
 def _border_median(grey_HW: np.ndarray) -> float:

@@ -1,9 +1,8 @@
 """A recipe: all that determines a training run, read from a YAML file and checked before anything is made."""
 
-import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +11,11 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
-from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
-from pyvlm.training.conversation import introductions
-from pyvlm.training.digits import MAX_IMAGES, DigitsConfig, vocabulary
+from pyvlm.models.processor import Processor, ProcessorConfig
+from pyvlm.training.bundled import Bundled, words_of
+from pyvlm.training.digits import DigitsConfig
+from pyvlm.training.explain import TAGS, explain
+from pyvlm.training.recipe_paths import with_paths
 
 # What every model has; `VLM.parts` tells what a model has beside these.
 PARTS = ("vision", "fusion", "connector", "language", "moe")
@@ -46,7 +47,7 @@ class Stage(Config):
             digits, what was 94 % right fell to 9 % with a fresh AdamW and to 65 % with the old moments.
         upcycle: before the stage, the MLPs of these layers become experts that are copies of them
             (MoE-LLaVA, arXiv 2401.15947).
-        data: what the dialogues look like.
+        data: what the dialogues look like, or where they are.
     """
 
     steps: Positive | None = None
@@ -64,7 +65,7 @@ class Stage(Config):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None
-    data: DigitsConfig = DigitsConfig()
+    data: Bundled = DigitsConfig()
 
     def rate_of(self, part: str) -> float:
         """Peak learning rate of a part."""
@@ -122,10 +123,12 @@ class Evaluation(Config):
 class Recipe(Config):
     """A run. `stages` are trained in their order.
 
-    `model.image_token_id` and `model.language.vocab_size` follow from the words of the dialogues and are
-    filled in where the recipe leaves them out.
+    `model.image_token_id` and `model.language.vocab_size` follow from the tokenizer and are filled in where
+    the recipe leaves them out.
 
     Attributes:
+        summary: what makes the system itself, in a line.
+        tokenizer: "words" of the bundled dialogues, or that of the "language" model's folder.
         gradient_checkpointing: compute the layers' activations again in the backward pass, to save memory.
         checkpoint_every: steps between checkpoints; a stage's last step has one in any case.
         keep_stages: keep the model at the end of each stage, as `stages/NAME/`.
@@ -135,6 +138,8 @@ class Recipe(Config):
     """
 
     name: str
+    summary: str = ""
+    tokenizer: Literal["words", "language"] = "words"
     seed: Natural = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     model: VLMConfig
@@ -151,16 +156,19 @@ class Recipe(Config):
     @classmethod
     def _fill_in_vocabulary(cls, given: Any) -> Any:
         model = given.get("model") if isinstance(given, Mapping) else None
+        stages = given.get("stages") if isinstance(given, Mapping) else None
         if not isinstance(model, Mapping) or not isinstance(model.get("language"), Mapping):
             return given  # the checks that follow say what is missing
-        tokenizer = _tokenizer()
-        language = {"vocab_size": tokenizer.get_vocab_size(), **model["language"]}
-        model = {"image_token_id": tokenizer.token_to_id("<image>"), **model, "language": language}
-        return {**given, "model": model}
+        if given.get("tokenizer", "words") != "words" or not isinstance(stages, Mapping):
+            return given
+        tokenizer = words_of(_source_of(stage) for stage in stages.values())
+        language = _with_defaults(model["language"], vocab_size=tokenizer.get_vocab_size())
+        model = _with_defaults(model, image_token_id=tokenizer.token_to_id("<image>"))
+        return {**given, "model": {**model, "language": language}}
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> "Recipe":
-        if self.model.language.vocab_size != (words := _tokenizer().get_vocab_size()):
+        if self.tokenizer == "words" and self.model.language.vocab_size != (words := self._words()):
             raise ValueError(
                 f"model.language.vocab_size is {self.model.language.vocab_size}, and the dialogues have "
                 f"{words} words: leave it out"
@@ -179,21 +187,47 @@ class Recipe(Config):
     def processor(self) -> Processor:
         """The tokenizer and the image preprocessing of this recipe."""
         return Processor(
-            _tokenizer(),
-            ProcessorConfig(image=self.model.image, tokens_per_image=self.model.tokens_per_image),
+            words_of(stage.data.source for stage in self.stages.values()),
+            ProcessorConfig(
+                image=self.model.image,
+                tiling=self.model.tiling,
+                tokens_per_image=self.model.tokens_per_image,
+            ),
         )
 
+    def _words(self) -> int:
+        return words_of(stage.data.source for stage in self.stages.values()).get_vocab_size()
 
-def _tokenizer() -> Any:
-    return word_level_tokenizer([*vocabulary(), *introductions(MAX_IMAGES)])
+
+def _source_of(stage: Any) -> str:
+    """The `source` of a stage's data as it is given."""
+    data = stage.get("data") if isinstance(stage, Mapping) else None
+    return str(data.get("source", "digits")) if isinstance(data, Mapping) else "digits"
 
 
-def load_recipe(source: str | os.PathLike[str], variant: str | None = None, **overrides: Any) -> Recipe:
+def _with_defaults(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """`given` with what it leaves out, or gives as None."""
+    return {**given, **{key: value for key, value in defaults.items() if given.get(key) is None}}
+
+
+def load_recipe(
+    source: str | os.PathLike[str],
+    variant: str | None = None,
+    *,
+    language: str | None = None,
+    vision: Sequence[str] = (),
+    data: Sequence[str] = (),
+    **overrides: Any,
+) -> Recipe:
     """Reads a recipe.
 
     Args:
         source: a YAML file, or the name of a recipe that pyvlm ships.
         variant: an entry of the file's `variants`, whose keys replace those of the recipe, at any depth.
+        language: a folder of transformers that the language model starts from, with its tokenizer.
+        vision: folders of transformers that the vision towers start from: "NAME=FOLDER", or "FOLDER" for all
+            towers of transformers that are not named.
+        data: what the stages learn from: "STAGE=PATH", or "PATH" for all stages that are not named.
         overrides: replace keys at the top, after the variant's.
 
     Raises:
@@ -212,6 +246,7 @@ def load_recipe(source: str | os.PathLike[str], variant: str | None = None, **ov
         if variant not in variants:
             raise ValueError(f"{name} has no variant {variant!r}; it has {sorted(variants) or 'none'}")
         content = merge(content, variants[variant])
+    content = with_paths(content, language, vision, data)
     try:
         return Recipe.model_validate({**content, **overrides})
     except ValidationError as error:
@@ -241,54 +276,16 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `changes`; mappings that both hold under a key are merged likewise."""
+    """`base` with the values of `changes`; mappings that both hold under a key are merged likewise, unless
+    they are of different kinds."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        alike = isinstance(old, Mapping) and isinstance(value, Mapping) and not _another_kind(old, value)
+        merged[key] = merge(old, value) if alike else value  # type: ignore[arg-type]
     return merged
 
 
-def explain(error: ValidationError, model: type[Config]) -> str:
-    """The defects in one line, with the nearest valid name for each unknown key."""
-    return "; ".join(_explain_one(entry, model.model_json_schema()) for entry in error.errors())
-
-
-def _explain_one(entry: Mapping[str, Any], schema: dict[str, Any]) -> str:
-    *parents, last = entry["loc"] or ("it",)
-    where = ".".join(map(str, (*parents, last)))
-    if entry["type"] != "extra_forbidden":
-        return f"{where}: {entry['msg'].removeprefix('Value error, ')}"
-    known = sorted(_keys_at(schema, parents))
-    nearest = difflib.get_close_matches(str(last), known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected one of {', '.join(known)}"
-    return f"{where} is unknown: {hint}"
-
-
-def _keys_at(schema: dict[str, Any], path: list[str | int]) -> set[str]:
-    """The keys that a JSON schema allows at a path of keys, list indices and union tags."""
-    nodes = [schema]
-    for step in [*path, None]:
-        nodes = [inner for node in nodes for inner in _alternatives(node, schema)]
-        if step is None:
-            break
-        reached = []
-        for node in nodes:
-            if isinstance(step, int):
-                reached.append(node.get("items", {}))
-            elif step in node.get("properties", {}):
-                reached.append(node["properties"][step])
-            elif isinstance(node.get("additionalProperties"), dict):
-                reached.append(node["additionalProperties"])
-            elif node.get("properties", {}).get("type", {}).get("const") == step:
-                reached.append(node)
-        nodes = reached
-    return {key for node in nodes for key in node.get("properties", {})}
-
-
-def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """A schema node with references followed and unions taken apart."""
-    if "$ref" in node:
-        return _alternatives(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], schema)
-    choices = [*node.get("anyOf", []), *node.get("oneOf", [])]
-    return [inner for choice in choices for inner in _alternatives(choice, schema)] or [node]
+def _another_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `new` is of another kind of a union, whose keys are others too."""
+    return any(tag in new and new[tag] != old.get(tag) for tag in TAGS)

@@ -117,14 +117,13 @@ def _charts(findings: Findings) -> list[dict[str, str]]:
 def _dialogue(transcript: Transcript) -> dict[str, Any]:
     return {
         "images": [picture_source(image) for image in transcript.dialogue.images],
-        "digits": transcript.dialogue.digits,
+        "shown": transcript.dialogue.shown,
         "rounds": transcript.rounds,
     }
 
 
 def _expert_layers(findings: Findings) -> list[dict[str, Any]]:
-    moe = findings.recipe.model.language.moe
-    layers = sorted(moe.layers) if moe is not None else []
+    layers = findings.recipe.model.language.moe_layers
     return [{"layer": layer, "load": load} for layer, load in zip(layers, findings.expert_load, strict=True)]
 
 

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from pyvlm.data.source import Messages, Source
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.training.bundled import Bundled, Dialogues, bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.digits import DigitDialogues, DigitsConfig, Split
+from pyvlm.training.digits import Split
 
 
 class SampleSource(Protocol):
@@ -41,8 +42,8 @@ class Encoded:
         return [self.processor.encode(messages) for messages in self.source.batch(step, indices)]
 
 
-class Digits:
-    """Dialogues about digits as conversations.
+class DialogueSource:
+    """Bundled dialogues as conversations.
 
     Args:
         dialogues: gives the dialogues.
@@ -50,7 +51,7 @@ class Digits:
             the same kind do not see the same ones.
     """
 
-    def __init__(self, dialogues: DigitDialogues, first_step: int = 0) -> None:
+    def __init__(self, dialogues: Dialogues, first_step: int = 0) -> None:
         self.dialogues, self.first_step = dialogues, first_step
 
     def batch(self, step: int, indices: Sequence[int]) -> list[Messages]:
@@ -59,7 +60,7 @@ class Digits:
 
 
 def make_source(
-    data: DigitsConfig,
+    data: Bundled,
     split: Split,
     seed: int,
     processor: Processor,
@@ -80,4 +81,4 @@ def make_source(
     Raises:
         ValueError: the data cannot be read; the message says what is wrong with them.
     """
-    return Encoded(Digits(DigitDialogues(split, data, seed), first_step), processor)
+    return Encoded(DialogueSource(bundled_dialogues(split, data, seed), first_step), processor)

@@ -63,10 +63,93 @@ def test_chat_holds_several_rounds(demo, capsys, monkeypatch):
     assert complaints == "pyvlm: the model does not know the words: zebra\n"
 
 
+def test_chat_takes_commands_from_a_pipe_and_goes_on_after_mistakes(demo, tmp_path, capsys, monkeypatch):
+    folder, _ = demo
+    image = next((folder / "images").iterdir())
+    lines = ["which digit", "/image no.png", f"/image {image}", "which digit is in image 1?", "/fly"]
+    lines.append(f"/save {tmp_path / 'chat.json'}")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    options = ["--temperature", "1", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "4"]
+    assert main(["chat", str(folder), *options]) == 0
+    answers, complaints = capsys.readouterr()
+    assert len(answers.splitlines()) == 2
+    assert [line.split(" ")[1] for line in complaints.splitlines()] == ["image", "/fly", "saved"]
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [
+        message["content"] for message in messages if message["role"] == "assistant"
+    ] == answers.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be at least 0"),
+        (["--top-p", "2"], "top_p must be above 0"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--system", "be kind"], "the role must be"),
+    ],
+)
+def test_chat_refuses_wrong_options(demo, options, message, capsys):
+    assert main(["chat", str(demo[0]), "which digit", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_eval_prints_the_table(demo, capsys):
     folder, _ = demo
     assert main(["eval", str(folder / "model"), "--dialogues", "8"]) == 0
     assert "baseline" in capsys.readouterr().out
+
+
+def test_eval_of_a_file_of_questions(demo, tmp_path, capsys):
+    folder, _ = demo
+    image = str(next((folder / "images").iterdir()))
+    records = [
+        {
+            "image": image,
+            "question": "image 1: <image> which digit is in image 1?",
+            "answer": "2",
+            "type": kind,
+        }
+        for kind in ("easy", "hard", "easy")
+    ]
+    records.append({"image": "no.png", "question": "which digit", "answer": "2"})
+    data = tmp_path / "vqa.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    results, predictions = tmp_path / "results.json", tmp_path / "predictions.jsonl"
+    options = ["--json", str(results), "--predictions", str(predictions), "--max-new-tokens", "4"]
+    assert main(["eval", str(folder), *options, str(data)]) == 0
+    table, complaints = capsys.readouterr()
+    assert [line.split()[:2] for line in table.splitlines()[1:]] == [
+        ["easy", "2"],
+        ["hard", "1"],
+        ["all", "3"],
+    ]
+    assert f"skipped {data}, line 4: missing image" in complaints
+    assert "1 records skipped: 1 missing image" in complaints
+    written = json.loads(results.read_text())
+    assert written["skipped"] == {"missing image": 1}
+    assert written["settings"]["max_new_tokens"] == 4
+    assert [row["questions"] for row in written["results"]] == [2, 1, 3]
+    assert len(predictions.read_text().splitlines()) == 3
+    assert main(["eval", str(folder), str(data), "--limit", "1", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["all", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["no.jsonl"], "no.jsonl: cannot be read"),
+        (["{data}", "--strict"], "line 1: missing image"),
+        (["{data}"], "holds no question"),
+        (["{data}", "--dialogues", "3"], "--dialogues and --seed are of held-out digits"),
+        (["{data}", "--json", "no/folder/x.json"], "there is no folder"),
+    ],
+)
+def test_eval_refuses(demo, tmp_path, options, message, capsys):
+    data = tmp_path / "vqa.jsonl"
+    data.write_text('{"image": "no.png", "question": "which digit", "answer": "2"}\n')
+    assert main(["eval", str(demo[0]), *(option.format(data=data) for option in options)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_demo_again_evaluates_and_a_changed_one_is_refused(demo, capsys):
@@ -98,7 +181,7 @@ def test_env_tells_versions_and_backends(capsys):
     ("arguments", "message"),
     [
         (["chat", "no/such/run", "--image", "a.png", "hi"], "no/such/run holds no model"),
-        (["chat", "no/such/run", "hi"], "at least one picture"),
+        (["chat", "no/such/run", "hi"], "no/such/run holds no model"),
         (["eval", "no/such/run"], "holds no model"),
         (["train", "no/such/recipe"], "no/such/recipe: cannot be read"),
         (["train", "demo", "--variant", "slow"], "no variant 'slow'"),

@@ -8,6 +8,7 @@ from conformance import Case, cases
 from tolerance import assert_conforms
 from torch import Tensor, nn
 
+from pyvlm.nn.anyres import AnyResPacker
 from pyvlm.nn.cross_attention import LocalCrossAttention, Resampler
 from pyvlm.nn.fusion import FeatureFusion
 from pyvlm.nn.partial_lora import PartialLoRALinear
@@ -190,14 +191,9 @@ def test_llava_next_anyres(case: Case) -> None:
     for size, grid in zip(sizes, case["output.grid_hw"].tolist(), strict=True):
         if grid != [0, 0]:  # stored for an image that came without tiles
             assert list(anyres_grid(size, pinpoints, settings["image_size"])) == grid
-    index, lengths = anyres_index(
-        sizes,
-        pinpoints,
-        settings["image_size"],
-        settings["tile_side_tokens"],
-        settings["newline"],
-        num_maps=[case[f"input.features.{i}"].shape[0] for i in range(len(sizes))],
-    )
+    tile, side, newline = settings["image_size"], settings["tile_side_tokens"], settings["newline"]
+    num_maps = [case[f"input.features.{i}"].shape[0] for i in range(len(sizes))]
+    index, lengths = anyres_index(sizes, pinpoints, tile, side, newline, num_maps)
     assert_conforms(torch.tensor(lengths), case["output.lengths"], "lengths")
 
     def rows(leaves: dict[str, Tensor]) -> Tensor:
@@ -218,9 +214,17 @@ def test_llava_next_anyres(case: Case) -> None:
     def index_width(leaves: dict[str, Tensor]) -> int:
         return leaves["features.0"].shape[-1]
 
+    def by_module(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        module = AnyResPacker(index_width(leaves), pinpoints, tile, side, newline=newline)
+        learned = {"newline": leaves["image_newline"]} if newline else {}
+        features = torch.cat(maps(leaves, "features"))
+        tokens, _ = torch.func.functional_call(module, learned, (features, sizes, num_maps))
+        return {f"packed.{i}": x for i, x in enumerate(tokens.split(lengths))}
+
     names = [f"packed.{i}" for i in range(len(sizes))]
     check(case, packed, names)
     check(case, placed, names)
+    check(case, by_module, names)
 
 
 @pytest.mark.parametrize("case", cases("fusion/pixel_shuffle"))

@@ -229,6 +229,25 @@ def test_partial_lora_touches_image_tokens_only() -> None:
     assert torch.equal(layer.lora_a.weight.grad, torch.zeros_like(layer.lora_a.weight))
 
 
+def test_partial_lora_takes_the_place_of_a_layer_and_its_very_tensors() -> None:
+    linear = nn.Linear(4, 6).bfloat16().eval()
+    state = torch.get_rng_state()
+    layer = PartialLoRALinear.from_linear(linear, rank=2, alpha=3.0, dropout=0.5)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert (layer.scaling, layer.dropout.p, layer.training) == (1.5, 0.5, False)
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in layer.parameters())
+    torch.set_rng_state(state)
+    assert torch.equal(layer.lora_a.weight, nn.Linear(4, 2, bias=False, dtype=torch.bfloat16).weight)
+    assert not layer.lora_b.weight.any()
+    x, mask = torch.randn(2, 5, 4).bfloat16(), torch.rand(2, 5) < 0.5
+    assert torch.equal(layer(x, mask), linear(x))
+    nn.init.ones_(layer.lora_b.weight)
+    assert torch.equal(layer(x), linear(x)), "without a mask nothing is an image token"
+    assert not torch.equal(layer(x, mask), linear(x))
+    assert PartialLoRALinear.from_linear(nn.Linear(4, 6, bias=False), rank=2).bias is None
+
+
 def test_partial_lora_drops_out_of_the_update_only() -> None:
     layer = randomize(PartialLoRALinear(4, 6, rank=2, dropout=1.0))
     x, mask = randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)

@@ -151,3 +151,16 @@ def test_resizing_averages_what_it_shrinks() -> None:
 def test_what_is_no_image_is_refused(image: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         to_pixels(image, channels=1, size=2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 8), (8, 4), (5, 8), (8, 8)])
+def test_padding_keeps_proportions(height: int, width: int) -> None:
+    image = np.random.default_rng(1).random((height, width, 3), dtype=np.float32)
+    pixels = to_pixels(image, channels=3, size=8, padding=(0.25, 0.5, 0.75))
+    top, left = (8 - height) // 2, (8 - width) // 2
+    inside = pixels[:, top : top + height, left : left + width]
+    assert torch.equal(inside, torch.from_numpy(image).permute(2, 0, 1))
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[top : top + height, left : left + width] = False
+    for channel, value in zip(pixels, (0.25, 0.5, 0.75), strict=True):
+        assert (channel[outside] == value).all()

@@ -27,10 +27,10 @@ def true_answer(digits: tuple[int, ...], question: str) -> str:
 def test_every_answer_is_right_and_every_kind_is_asked():
     kinds = []
     for dialogue in DigitDialogues("train", DigitsConfig(), seed=3).batch(0, range(200)):
-        assert 2 <= len(dialogue.images) == len(dialogue.digits) <= 4
+        assert 2 <= len(dialogue.images) == len(dialogue.shown) <= 4
         assert 3 <= len(dialogue.rounds) <= 5
         for asked in dialogue.rounds:
-            assert asked.answer == true_answer(dialogue.digits, asked.question)
+            assert asked.answer == true_answer(dialogue.shown, asked.question)
             assert asked.reply.split()[-1] == asked.answer
             kinds.append(asked.kind)
     for kind in ("which", "sum", "largest", "count"):
@@ -55,7 +55,7 @@ def test_images_show_the_digits_of_their_own_split():
     images, labels = load_split("test")
     by_pixels = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
     for dialogue in DigitDialogues("test", DigitsConfig(), seed=0).batch(0, range(50)):
-        for image, digit in zip(dialogue.images, dialogue.digits, strict=True):
+        for image, digit in zip(dialogue.images, dialogue.shown, strict=True):
             assert by_pixels[image.tobytes()] == digit
 
 
@@ -71,7 +71,7 @@ def test_a_sample_depends_on_seed_step_and_index_only():
     source = DigitDialogues("train", DigitsConfig(augment=1.0), seed=5)
     together, alone = source.batch(7, range(4)), source.batch(7, [2])[0]
     np.testing.assert_array_equal(together[2].images, alone.images)
-    assert (together[2].digits, together[2].rounds) == (alone.digits, alone.rounds)
+    assert (together[2].shown, together[2].rounds) == (alone.shown, alone.rounds)
     others = [
         source.batch(8, [2])[0],
         source.batch(7, [3])[0],

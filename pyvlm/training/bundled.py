@@ -1,0 +1,50 @@
+"""The dialogues that pyvlm brings along: one entry a `source`."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Protocol
+
+from pydantic import Discriminator, Tag
+from tokenizers import Tokenizer
+
+from pyvlm.models.processor import word_level_tokenizer
+from pyvlm.training import digits, photos
+from pyvlm.training.conversation import introductions
+from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Split
+from pyvlm.training.digits import DigitDialogues, DigitsConfig
+from pyvlm.training.photos import PhotoDialogues, PhotosConfig
+
+
+def _kind(given: Any) -> str:
+    """The `source` of a configuration or of what it is made from; digits where it is left out."""
+    return str(given.get("source", "digits") if isinstance(given, Mapping) else given.source)
+
+
+Bundled = Annotated[
+    Annotated[DigitsConfig, Tag("digits")] | Annotated[PhotosConfig, Tag("photos")],
+    Discriminator(_kind),
+]
+VOCABULARIES: Mapping[str, Callable[[], list[str]]] = {
+    "digits": digits.vocabulary,
+    "photos": photos.vocabulary,
+}
+
+
+class Dialogues(Protocol):
+    """An endless source: the dialogues of some indices of a step."""
+
+    def batch(self, step: int, indices: Sequence[int]) -> list[Dialogue]: ...
+
+
+def bundled_dialogues(split: Split, config: DigitsConfig | PhotosConfig, seed: int) -> Dialogues:
+    """The source of a configuration."""
+    if isinstance(config, PhotosConfig):
+        return PhotoDialogues(split, config, seed)
+    return DigitDialogues(split, config, seed)
+
+
+def words_of(sources: Iterable[str]) -> Tokenizer:
+    """A tokenizer whose vocabulary is the words of the bundled sources among `sources`."""
+    texts = list(introductions(MAX_IMAGES))
+    for source in sorted(set(sources) & set(VOCABULARIES)):
+        texts += VOCABULARIES[source]()
+    return word_level_tokenizer(texts)

@@ -1,0 +1,53 @@
+"""A recipe in words: `pyvlm recipes` and `pyvlm recipes show`."""
+
+from collections.abc import Iterator
+
+import torch
+import yaml
+
+from pyvlm.models.vlm import VLM
+from pyvlm.training.recipe import Recipe, Stage, load_recipe, shipped_recipes
+
+
+def list_recipes() -> str:
+    """A line for each recipe that pyvlm ships: its name and what makes it itself."""
+    recipes = [load_recipe(name) for name in shipped_recipes()]
+    width = max(len(recipe.name) for recipe in recipes)
+    return "\n".join(f"{recipe.name:<{width}}  {recipe.summary}" for recipe in recipes)
+
+
+def show_recipe(recipe: Recipe) -> str:
+    """The resolved configuration as YAML, then its parts and stages with their parameters."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110) + "\n" + card(recipe)
+
+
+def card(recipe: Recipe) -> str:
+    """Parts and stages of a recipe with their parameters; nothing of the model is allocated."""
+    return "\n".join(_lines(recipe))
+
+
+def _lines(recipe: Recipe) -> Iterator[str]:
+    with torch.device("meta"):
+        parts = VLM(recipe.model).parts()
+    counts = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+    total = sum(counts.values())
+    yield f"{recipe.name}: {recipe.summary}"
+    yield f"{recipe.model.tokens_per_image} tokens an image, attention {recipe.model.language.attention_rule}"
+    yield ""
+    yield f"{'part':<16}{'parameters':>16}"
+    for name, count in counts.items():
+        if count:
+            yield f"{name:<16}{count:>16,}"
+    yield f"{'all':<16}{total:>16,}"
+    yield ""
+    yield f"{'stage':<12}{'steps':>10}{'batch':>8}{'trainable':>16}{'of all':>8}  parts and learning rates"
+    for name, stage in recipe.stages.items():
+        trainable = sum(counts.get(part, 0) for part in stage.train)
+        rates = ", ".join(f"{part} {stage.rate_of(part):g}" for part in stage.train)
+        size = f"{trainable:>16,}{trainable / total:>8.1%}"
+        yield f"{name:<12}{_length(stage):>10}{stage.batch_size:>8}{size}  {rates}"
+
+
+def _length(stage: Stage) -> str:
+    return f"{stage.steps:,}"

@@ -1,0 +1,156 @@
+"""What the model answers: to many conversations at once, or to one that goes on round by round."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvlm.models.generation import outlasts_its_prompt
+from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.streaming import TextStream
+from pyvlm.models.vlm import VLM
+from pyvlm.nn.attention import KeyValueCache
+from pyvlm.training.conversation import Messages
+
+MAX_ANSWER_TOKENS = 48  # of a dialogue about digits: five words an image, of up to nine, and some more
+PER_TOKEN = ("input_ids", "labels")  # what else a sample holds has entries for its images
+
+
+def reply(
+    model: VLM,
+    processor: Processor,
+    conversations: Sequence[Messages],
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
+) -> list[str]:
+    """The model's greedy answers to conversations that end with a question."""
+    samples = [processor.encode(messages, add_generation_prompt=True) for messages in conversations]
+    return reply_to_samples(model, processor, samples, max_new_tokens)
+
+
+def reply_to_samples(
+    model: VLM, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
+) -> list[str]:
+    """As `reply`, of conversations that `Processor.encode` has encoded."""
+    inputs = _inputs(model, processor, samples)
+    tokens_BN = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=processor.end_token_id)
+    return [processor.decode(row) for row in tokens_BN]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: see `VLM.generate`; `seed` is that of all answers of a conversation together."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C stopped an answer; `text` is what had been said of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+
+class Speaker:
+    """Answers a conversation round by round.
+
+    Keys and values of a round's tokens serve the next round, as far as its tokens and images are the same, so
+    that an image is encoded once. The answers are those of computing everything again.
+
+    Attributes:
+        total_tokens, computed_tokens: of the last round, how many tokens its prompt and its answer have, and
+            how many of the prompt had to be computed.
+    """
+
+    def __init__(self, model: VLM, processor: Processor, sampling: Sampling) -> None:
+        self.model, self.processor, self.sampling = model, processor, sampling
+        self.total_tokens = self.computed_tokens = 0
+        device = next(model.parameters()).device
+        self._generator = torch.Generator(device).manual_seed(sampling.seed)
+        self._cache: list[KeyValueCache] | None = None
+        self._held: list[int] = []  # the tokens in the cache
+        self._sample: Sample = {}  # the prompt of the round before
+
+    def answer(self, messages: Messages, write: Callable[[str], None] | None = None) -> str:
+        """The answer to a conversation that ends with a question.
+
+        Args:
+            messages: the conversation.
+            write: called with each new piece of text as soon as later tokens cannot change it.
+
+        Raises:
+            Interrupted: in place of KeyboardInterrupt, with what has been said.
+            ValueError: as `Processor.encode`.
+        """
+        sample = self.processor.encode(messages, add_generation_prompt=True)
+        prompt = sample["input_ids"].tolist()
+        reused, room = self._reusable(sample), len(prompt) + self.sampling.max_new_tokens
+        if reused and self._cache is not None:
+            cache = [layer.first(reused, room) for layer in self._cache]
+            seen = {name: len(old) for name, old in self._sample.items() if name not in PER_TOKEN}
+            new = {name: tensor[seen.get(name, 0) :] for name, tensor in sample.items()}
+        else:
+            cache, new = self.model.new_cache(room), sample
+        self.computed_tokens = len(prompt) - reused
+        self._cache = None  # what an interruption leaves of it is of no use
+
+        tokens: list[int] = []
+        stream = TextStream(self.processor)
+
+        def hear(token_B: Tensor) -> None:
+            tokens.append(int(token_B))
+            piece = stream.push(tokens[-1])
+            if piece and write is not None:
+                write(piece)
+
+        try:
+            self.model.generate(
+                **_inputs(self.model, self.processor, [new]),
+                max_new_tokens=self.sampling.max_new_tokens,
+                eos_token_id=self.processor.end_token_id,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                generator=self._generator,
+                callback=hear,
+                cache=cache,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(self.processor.decode(tokens)) from None
+        self._cache, self._held, self._sample = cache, [*prompt, *tokens[:-1]], sample
+        self.total_tokens = len(prompt) + len(tokens)
+        rest = stream.flush()
+        if rest and write is not None:
+            write(rest)
+        return self.processor.decode(tokens)
+
+    def _reusable(self, sample: Sample) -> int:
+        """How many of the cached tokens begin the prompt of `sample`; 0 where they are of no use to it."""
+        if self._cache is None or not outlasts_its_prompt(self.model.config):
+            return 0
+        prompt = sample["input_ids"].tolist()
+        pairs = zip(prompt, self._held, strict=False)
+        common = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)), len(prompt) - 1)
+        same_images = all(
+            torch.equal(tensor[: len(self._sample[name])], self._sample[name])
+            for name, tensor in sample.items()
+            if name not in PER_TOKEN
+        )
+        # Where not even the old prompt is whole, the cut could go through an image.
+        return common if same_images and common >= len(self._sample["input_ids"]) else 0
+
+
+def _inputs(model: VLM, processor: Processor, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The arguments of `VLM.generate`, on the model's device."""
+    batch = processor.collate(samples, padding_side="left")
+    device = next(model.parameters()).device
+    return {
+        name: None if tensor is None else tensor.to(device)
+        for name, tensor in batch.items()
+        if name != "labels"
+    }
