@@ -13,8 +13,11 @@ from pyvlm.training.recipe import Stage
 
 def check_parts(model: VLM, stages: Iterable[tuple[str, Stage]]) -> None:
     """Raises ValueError where a stage names a part that the model does not have."""
-    known = model.parts()
     for name, stage in stages:
+        try:
+            known = model.parts(stage.finer)
+        except ValueError as error:
+            raise ValueError(f"stage {name!r}: {error}") from error
         if unknown := sorted({*stage.train, *stage.layer_decay} - known.keys()):
             raise ValueError(
                 f"stage {name!r} names the part {unknown[0]!r}, and the parts of this model are "
@@ -32,7 +35,7 @@ def make_optimizer(model: VLM, stage: Stage) -> AdamW:
     """
     scales = layer_scales(model, stage)
     groups = []
-    for part, parameters in model.parts().items():
+    for part, parameters in model.parts(stage.finer).items():
         learns = part in stage.train
         for parameter in parameters:
             parameter.requires_grad_(learns)
@@ -59,7 +62,7 @@ def layer_scales(model: VLM, stage: Stage) -> dict[nn.Parameter, float]:
     scales = {}
     stacks = {f"vision_towers.{name}": tower for name, tower in model.vision_towers.items()}
     stacks["language"] = model.language
-    parts = {parameter: part for part, members in model.parts().items() for parameter in members}
+    parts = {parameter: part for part, members in model.parts(stage.finer).items() for parameter in members}
     for stack in stacks.values():
         depths, top = _depths(stack)
         for parameter, depth in depths.items():

@@ -11,14 +11,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
+from pyvlm.models.parts import PARTS
 from pyvlm.models.processor import Processor, ProcessorConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
 from pyvlm.training.recipe_paths import with_paths
-
-# What every model has; `VLM.parts` tells what a model has beside these.
-PARTS = ("vision", "fusion", "connector", "language", "moe")
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -33,7 +31,7 @@ class Stage(Config):
         epochs: passes over the data, for data that have an end; a fraction is possible.
         batch_size: dialogues a step, over all processes.
         accumulation: parts that a step's dialogues are computed in, to save memory.
-        train: the parts that learn, as `VLM.parts` names them; the others are frozen.
+        train: the parts that learn, as `VLM.parts` names them, the finer ones too; the others are frozen.
         lr: peak learning rate, one for all parts or one for each part that learns.
         warmup: steps over which the rate rises from 0, or below 1 their share of the stage.
         schedule: how the rate falls from there to `final_lr`: along a cosine, a line, or not at all.
@@ -66,6 +64,11 @@ class Stage(Config):
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None
     data: Bundled = DigitsConfig()
+
+    @property
+    def finer(self) -> list[str]:
+        """The pieces of parts that the stage names, as `VLM.parts` takes them."""
+        return sorted({part for part in (*self.train, *self.layer_decay) if "." in part})
 
     def rate_of(self, part: str) -> float:
         """Peak learning rate of a part."""

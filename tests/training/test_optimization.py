@@ -20,6 +20,18 @@ def test_unknown_parts_are_named_with_the_known_ones(small_recipe, names):
         check_parts(model, [("one", stage_of()), ("two", stage_of(**names))])
 
 
+def test_a_piece_of_a_part_learns_alone(small_recipe):
+    model = VLM(small_recipe().model)
+    stage = stage_of(train=["vision.conv", "language.embeddings"])
+    check_parts(model, [("one", stage)])
+    groups = make_optimizer(model, stage).param_groups
+    learn = {parameter for group in groups for parameter in group["params"]}
+    assert learn == {*model.vision_towers["conv"].parameters(), model.language.embed_tokens.weight}
+    assert {parameter for parameter in model.parameters() if parameter.requires_grad} == learn
+    with pytest.raises(ValueError, match=r"stage 'one': part 'vision.eye' is unknown.*vision.conv"):
+        check_parts(model, [("one", stage_of(train=["vision.eye"]))])
+
+
 def test_every_parameter_that_learns_is_in_one_group(small_recipe):
     model = VLM(small_recipe().model)
     stage = stage_of(train=["vision", "moe"], layer_decay={"vision": 0.5})
