@@ -1,18 +1,19 @@
 """Checkpoints of a run: all that is needed to go on as if nothing had happened, there whole or not at all."""
 
+import json
 import os
 import pickle
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from pyvlm.models import checkpoint
-from pyvlm.models.config import VLMConfig
+from pyvlm.models.processor import Processor
+from pyvlm.models.vlm import VLM
 
-STATE = "trainer.pt"
+STATE, FACTS = "trainer.pt", "facts.json"
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,32 @@ class Position:
     total: int = 0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: the model with its weights, and the state for the optimizer of its stage."""
+
+    position: Position
+    model: VLM
+    optimizer: dict[str, Any]
+
+
 def save_checkpoint(
-    folder: str | os.PathLike[str],
-    model: nn.Module,
-    config: VLMConfig,
-    optimizer: Optimizer,
-    position: Position,
+    folder: str | os.PathLike[str], model: VLM, optimizer: Optimizer, position: Position
 ) -> None:
     """Replaces the checkpoint in `folder` in one step.
 
-    Weights are safetensors; the optimizer's moments and torch's random state are tensors in `trainer.pt`.
+    The architecture (which may change from stage to stage) and the weights are as `VLM.save_pretrained`
+    writes them; the optimizer's moments are tensors in `trainer.pt`.
 
     Raises:
         ValueError: it cannot be written, as on a full disk; the old checkpoint is then as it was.
     """
     try:
         with checkpoint.replace_folder(folder) as aside:
-            checkpoint.write_model(model, config, aside)
-            state = {
-                "position": asdict(position),
-                "optimizer": optimizer.state_dict(),
-                "random_state": torch.get_rng_state(),
-            }
-            torch.save(state, aside / STATE)
+            checkpoint.write_model(model, model.config, aside)
+            state = {"position": asdict(position), "optimizer": optimizer.state_dict()}
+            with open(aside / STATE, "wb") as file:  # of a path torch does not tell why it cannot be written
+                torch.save(state, file)
     except (OSError, RuntimeError, checkpoint.SafetensorError) as error:
         raise ValueError(
             f"checkpoint {folder} cannot be written ({error}); the one before it is kept, and the run can go "
@@ -54,13 +58,11 @@ def save_checkpoint(
         ) from error
 
 
-def load_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module
-) -> tuple[Position, dict[str, Any]] | None:
-    """Gives `model` its weights, as new parameters, and torch its random state.
+def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
+    """Reads what `save_checkpoint` wrote.
 
     Returns:
-        The position, and the state for the optimizer of its stage; None where there is no checkpoint.
+        None where there is no checkpoint.
 
     Raises:
         ValueError: a missing, damaged or unfitting file; the message names it.
@@ -73,13 +75,31 @@ def load_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         position, optimizer = Position(**state["position"]), state["optimizer"]
-        random_state = state["random_state"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: missing or damaged ({reason}); begin the run in another folder") from error
-    checkpoint.load_weights(model, folder / checkpoint.WEIGHTS)
+    model = VLM.from_pretrained(folder)
     for parameter in model.parameters():
         # Out of the file's buffer: a GEMM's sums may depend on how memory is aligned, and resuming is exact.
         parameter.data = parameter.data.clone()
-    torch.set_rng_state(random_state)
-    return position, optimizer
+    return Checkpoint(position, model.train(), optimizer)
+
+
+def save_model(
+    folder: str | os.PathLike[str], model: VLM, processor: Processor, facts: dict[str, Any]
+) -> None:
+    """Replaces a model that is kept on the way, with `facts.json` beside its files.
+
+    Raises:
+        ValueError: it cannot be written; what was there before is kept.
+    """
+    try:
+        with checkpoint.replace_folder(folder) as aside:
+            checkpoint.write_model(model, model.config, aside)
+            processor.save_pretrained(aside)
+            (aside / FACTS).write_text(json.dumps(facts, indent=2))
+    except (OSError, checkpoint.SafetensorError) as error:
+        raise ValueError(
+            f"model {folder} cannot be written ({error}); what was there is kept, and the run can go on from "
+            "its last checkpoint"
+        ) from error

@@ -12,6 +12,7 @@ from pyvlm.training.pictures import write_pictures
 from pyvlm.training.recipe import Recipe
 from pyvlm.training.report import Findings, write_report
 from pyvlm.training.runfolder import RunFolder
+from pyvlm.training.sources import make_source
 from pyvlm.training.steptime import compare_backends
 from pyvlm.training.trainer import make_batches, train
 
@@ -49,7 +50,7 @@ def run_demo(
     for transcript in result.transcripts[:SPOKEN_DIALOGUES]:
         tell(format_transcript(transcript))
 
-    source = DigitDialogues("train", stage.data, recipe.seed)
+    source = make_source(stage.data, "train", recipe.seed, processor, batch_size=stage.batch_size)
     findings = Findings(
         recipe=recipe,
         model=model,

@@ -1,5 +1,6 @@
 """A recipe: all that determines a training run, read from a YAML file and checked before anything is made."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -9,15 +10,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pyvlm.models.config import Config, VLMConfig
+from pyvlm.models.config import Config, MoEConfig, VLMConfig
+from pyvlm.models.parts import PARTS
 from pyvlm.models.processor import Processor, ProcessorConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
 from pyvlm.training.recipe_paths import with_paths
-
-Part = Literal["vision", "fusion", "connector", "language", "moe"]
-PARTS: tuple[Part, ...] = ("vision", "fusion", "connector", "language", "moe")
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -28,40 +27,74 @@ class Stage(Config):
     """One stage of training: which parts learn from which dialogues, and how.
 
     Attributes:
-        steps: optimizer steps.
+        steps: optimizer steps. Give these or `epochs`.
+        epochs: passes over the data, for data that have an end; a fraction is possible.
         batch_size: dialogues a step, over all processes.
         accumulation: parts that a step's dialogues are computed in, to save memory.
-        train: the parts that learn; the others are frozen.
+        train: the parts that learn, as `VLM.parts` names them, the finer ones too; the others are frozen.
         lr: peak learning rate, one for all parts or one for each part that learns.
-        warmup: steps over which the rate rises from 0; from there it falls along a cosine.
+        warmup: steps over which the rate rises from 0, or below 1 their share of the stage.
+        schedule: how the rate falls from there to `final_lr`: along a cosine, a line, or not at all.
         final_lr: what is left of the rate at the end, as a fraction of the peak.
+        layer_decay: of a part that is a stack of layers, the factor from each layer's rate to that of the
+            one below (Qwen-VL has 0.95 for vision): see `pyvlm.training.optimization.layer_scales`.
         weight_decay: AdamW's (arXiv 1711.05101), on matrices and embeddings only.
         clip_norm: bound on the gradients' norm.
         keep_optimizer: go on with the moments that AdamW had at the end of the stage before, for the parts
             that learned there, and not with none. A new mixture of dialogues is then less of a shock: on
             digits, what was 94 % right fell to 9 % with a fresh AdamW and to 65 % with the old moments.
+        upcycle: before the stage, the MLPs of these layers become experts that are copies of them
+            (MoE-LLaVA, arXiv 2401.15947).
         data: what the dialogues look like, or where they are.
     """
 
-    steps: Positive
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch_size: Positive
     accumulation: Positive = 1
-    train: list[Part] = Field(default=list(PARTS), min_length=1)
-    lr: Rate | dict[Part, Rate]
-    warmup: Natural = 0
+    train: list[str] = Field(default=list(PARTS), min_length=1)
+    lr: Rate | dict[str, Rate]
+    warmup: Natural | Annotated[float, Field(gt=0, lt=1)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     keep_optimizer: bool = False
+    upcycle: MoEConfig | None = None
     data: Bundled = DigitsConfig()
 
-    def rate_of(self, part: Part) -> float:
+    @property
+    def finer(self) -> list[str]:
+        """The pieces of parts that the stage names, as `VLM.parts` takes them."""
+        return sorted({part for part in (*self.train, *self.layer_decay) if "." in part})
+
+    def rate_of(self, part: str) -> float:
         """Peak learning rate of a part."""
         return self.lr[part] if isinstance(self.lr, dict) else self.lr
 
+    def warmup_steps(self, steps: int) -> int:
+        """The warm-up of a stage of so many steps."""
+        return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * steps)
+
+    def count_steps(self, epoch_size: int | None) -> int:
+        """Steps of the stage on data of so many samples; None: they have no end.
+
+        Raises:
+            ValueError: the stage counts epochs, and its data have no end.
+        """
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "checked when the stage was made"
+        if epoch_size is None:
+            raise ValueError(f"epochs {self.epochs:g}: these data have no end; give steps")
+        return math.ceil(self.epochs * epoch_size / self.batch_size)
+
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give steps or epochs, got {self.steps} and {self.epochs}")
         if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
             raise ValueError(
                 f"lr names {sorted(self.lr)} and train {sorted(self.train)}: give a rate for each part that "
@@ -79,7 +112,8 @@ class Evaluation(Config):
 
     Attributes:
         dialogues: how many, in the final evaluation.
-        every: steps between quick looks during training, at `quick_dialogues` first questions; 0: none.
+        every: steps between quick looks during training, at `quick_dialogues` first questions; 0: none. The
+            model that did best in them is kept as `best/`, beside the final one.
     """
 
     dialogues: Positive = 400
@@ -98,8 +132,12 @@ class Recipe(Config):
     Attributes:
         summary: what makes the system itself, in a line.
         tokenizer: "words" of the bundled dialogues, or that of the "language" model's folder.
+        gradient_checkpointing: compute the layers' activations again in the backward pass, to save memory.
         checkpoint_every: steps between checkpoints; a stage's last step has one in any case.
+        keep_stages: keep the model at the end of each stage, as `stages/NAME/`.
         log_every: steps between looks at the losses, each of which waits for the device.
+        profile_every: steps between those whose time is split by part; 0: none.
+        trackers: who is told of the figures, beside metrics.jsonl.
     """
 
     name: str
@@ -110,8 +148,12 @@ class Recipe(Config):
     model: VLMConfig
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
     evaluation: Evaluation = Evaluation()
+    gradient_checkpointing: bool = False
     checkpoint_every: Positive = 200
+    keep_stages: bool = False
     log_every: Positive = 10
+    profile_every: Natural = 100
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +180,12 @@ class Recipe(Config):
 
     @property
     def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages.values())
+        """Steps of all stages.
+
+        Raises:
+            ValueError: a stage counts epochs, and its steps depend on its data.
+        """
+        return sum(stage.count_steps(None) for stage in self.stages.values())
 
     def processor(self) -> Processor:
         """The tokenizer and the image preprocessing of this recipe."""

@@ -1,9 +1,13 @@
 """A run folder: its lock, its recipe, its metrics, and where everything else of a run lies.
 
 recipe.json       the recipe, every default filled in
-metrics.jsonl     one line a step, and one an evaluation
+environment.json  for each time the run was begun or gone on with: versions, commit, machine
+metrics.jsonl     one line a step, one a profiled step, and one an evaluation
+curves.png        the same as a picture, at most a minute behind the last checkpoint
 tensorboard/      the same for TensorBoard
 checkpoint/       what training goes on from: model, optimizer, position
+stages/NAME/      the model at the end of each stage, where the recipe keeps them
+best/             the model that did best in a held-out evaluation on the way
 model/            the trained model, written at the end
 """
 
@@ -18,6 +22,8 @@ from typing import Any
 from pyvlm.models.checkpoint import write_file
 from pyvlm.training.recipe import Recipe
 
+BOOKKEEPING = {"checkpoint_every", "keep_stages", "log_every", "profile_every", "trackers"}
+
 
 class RunFolder:
     """Holds a run folder for this process alone; a context manager.
@@ -27,20 +33,27 @@ class RunFolder:
     Args:
         path: made where it is missing.
         recipe: what is trained there.
+        main: whether this is the process that writes; of several that train together the others only read
+            where things lie, and hold nothing.
 
     Raises (on entering):
         ValueError: another process uses the folder, it holds a run of another recipe, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], recipe: Recipe) -> None:
-        self.path, self.recipe = Path(path), recipe
+    def __init__(self, path: str | os.PathLike[str], recipe: Recipe, main: bool = True) -> None:
+        self.path, self.recipe, self.main = Path(path), recipe, main
         self.metrics_path = self.path / "metrics.jsonl"
+        self.environment = self.path / "environment.json"
+        self.curves = self.path / "curves.png"
         self.checkpoint = self.path / "checkpoint"
+        self.stages = self.path / "stages"
+        self.best = self.path / "best"
         self.model = self.path / "model"
-        self.tensorboard = self.path / "tensorboard"
         self._lock: int | None = None
 
     def __enter__(self) -> "RunFolder":
+        if not self.main:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,20 +91,22 @@ class RunFolder:
         os.write(self._lock, str(os.getpid()).encode())
 
     def _check_recipe(self) -> None:
+        """Refuses another recipe; keys that change nothing in the model may change."""
         path, recipe = self.path / "recipe.json", self.recipe.model_dump(mode="json")
-        if not path.exists():
+        found = None
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}): give another run folder") from error
+            if changes := list(differences(_relevant(_with_new_defaults(found)), _relevant(recipe))):
+                more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
+                raise ValueError(
+                    f"run folder {self.path} holds a run of another recipe ({'; '.join(changes[:3])}{more}): "
+                    "give another folder, or the recipe that the run began with"
+                )
+        if found != recipe:
             write_file(path, json.dumps(recipe, indent=2).encode())
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): give another run folder") from error
-        if changes := list(differences(found, recipe)):
-            more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-            raise ValueError(
-                f"run folder {self.path} holds a run of another recipe ({'; '.join(changes[:3])}{more}): "
-                "give another folder, or the recipe that the run began with"
-            )
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl; a last line that was cut off is left out."""
@@ -101,13 +116,42 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def append_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        """Appends whole lines, or none where the disk is full."""
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        with open(self.metrics_path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def cut_metrics(self, step: int) -> None:
         """Forgets what was logged after `step`: it is about to be computed again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_file(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def note_start(self, facts: Mapping[str, Any]) -> None:
+        """Appends to environment.json; a file that cannot be read is begun anew."""
+        try:
+            starts = json.loads(self.environment.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            starts = []
+        write_file(self.environment, json.dumps([*starts, facts], indent=2).encode())
+
+
+def _relevant(recipe: Any) -> Any:
+    """A recipe without the keys at the top that only say what is written, and how often."""
+    return {k: v for k, v in recipe.items() if k not in BOOKKEEPING} if isinstance(recipe, dict) else recipe
+
+
+def _with_new_defaults(found: Any) -> Any:
+    """A recipe of an earlier version with the keys that it did not know yet."""
+    try:
+        return Recipe.model_validate(found).model_dump(mode="json")
+    except ValueError:
+        return found
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterable[str]:

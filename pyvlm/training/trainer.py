@@ -1,11 +1,13 @@
 """The training loop.
 
-Every step is a function of the weights, the optimizer's state and the step's number: dialogues are drawn from
-(seed, step, index), and the learning rate is computed from the step. So a run that goes on from a checkpoint
-gives, on the same CPU with as many threads, the losses of an uninterrupted one, bit for bit.
+Every step is a function of the weights, the optimizer's state and the step's number: samples are drawn from
+(seed, step, index), all random generators are seeded by the step, and the learning rate is computed from it.
+So a run that goes on from a checkpoint gives, on the same CPU with as many threads, the losses of an
+uninterrupted one, bit for bit.
 """
 
 import ctypes
+import errno
 import math
 import os
 import platform
@@ -13,23 +15,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from pyvlm.models.checkpoint import SafetensorError
+from pyvlm.models.config import MoEConfig
+from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
-from pyvlm.training.bundled import Dialogues, bundled_dialogues
-from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint
-from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.digits import DigitDialogues
-from pyvlm.training.evaluate import evaluate
-from pyvlm.training.logs import TrainingLog
+from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
+from pyvlm.training.environment import describe_start
+from pyvlm.training.heldout import best_look, look_at_held_out
+from pyvlm.training.logs import StagePlan, TrainingLog
+from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
+from pyvlm.training.profiling import NoProfile, Profile, StepProfile
 from pyvlm.training.recipe import Recipe, Stage
 from pyvlm.training.runfolder import RunFolder
+from pyvlm.training.sources import SampleSource, make_source
+from pyvlm.training.trackers import check_trackers
+from pyvlm.training.utilization import FlopCounter, measured_limit
 
 Batch = dict[str, Any]  # of Processor.collate; images are None where there are none
+SECONDS_BETWEEN_DRAWINGS = 60.0  # of curves.png; one took 0.5 s
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -49,169 +62,281 @@ def train(
 ) -> Trained:
     """Trains a recipe, from the last checkpoint in `run_dir` where there is one, and writes `run_dir`/model.
 
+    Several processes that `accelerate launch` started share the samples of each step.
+
     Args:
         recipe: what to train.
         run_dir: see `pyvlm.training.runfolder`.
-        progress: show a progress bar.
+        progress: show a progress bar, and at the end where the time of a step went.
         after_step: called with the number of steps done after each of them.
 
     Raises:
-        ValueError: the run folder is in use, belongs to another recipe or cannot be written, or its
-            checkpoint is damaged; the message says what to do.
+        ValueError: the run folder is in use, belongs to another recipe or cannot be written, its checkpoint
+            is damaged, the data cannot be read, or a stage names a part that the model lacks; the message
+            says what to do.
     """
+    check_trackers(recipe.trackers)
     keep_freed_memory()
-    with RunFolder(run_dir, recipe) as run:
-        trainer = Trainer(recipe, run, progress, after_step)
-        trainer.fit()
-        model = trainer.model.eval()
-        model.save_pretrained(run.model, trainer.processor)
-        return Trained(model, trainer.processor)
+    AcceleratorState._reset_state()  # else a second run in this process had to have the first one's precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        # Not every batch has images, and not every expert gets tokens.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    try:
+        with RunFolder(run_dir, recipe, accelerator.is_main_process) as run:
+            trainer = Trainer(recipe, run, accelerator, progress, after_step)
+            trainer.fit()
+            model = trainer.model.eval()
+            if run.main:
+                model.save_pretrained(run.model, trainer.processor)
+            accelerator.wait_for_everyone()
+            return Trained(model, trainer.processor)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL_DISK:
+            raise
+        raise ValueError(
+            f"run folder {run_dir} cannot be written ({error}): make room, and the same command goes on from "
+            "the last checkpoint"
+        ) from error
 
 
 class Trainer:
     """A run in a locked folder; `fit` is all that there is to call."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, progress: bool, after_step: Callable[[int], None] | None
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        accelerator: Accelerator,
+        progress: bool,
+        after_step: Callable[[int], None] | None,
     ) -> None:
-        self.recipe, self.run, self.after_step = recipe, run, after_step
-        torch.manual_seed(recipe.seed)
-        self.model = VLM(recipe.model).train()
+        self.recipe, self.run, self.accelerator, self.after_step = recipe, run, accelerator, after_step
         self.processor = recipe.processor()
-        restored = load_checkpoint(run.checkpoint, self.model)  # before anything holds the parameters
-        self.position = restored[0] if restored else Position()
-        self.optimizer_state = restored[1] if restored else None
+        # All data are opened before anything is trained: what is wrong with them is told now.
+        self.sources, self.plan = open_sources(recipe, self.processor, accelerator.num_processes)
+        restored = load_checkpoint(run.checkpoint)
+        self.position = restored.position if restored else Position()
+        self.optimizer_state = restored.optimizer if restored else None
+        # The checkpoint's own architecture: a stage may have changed it.
+        self.model = restored.model if restored else new_model(recipe)
+        check_parts(self.model, recipe.stages.items())
+        self.forward: torch.nn.Module = self.model
         self.optimizer: Optimizer | None = None
-        self.accelerator = Accelerator(mixed_precision="bf16" if recipe.precision == "bf16" else "no")
-        self.forward = self.accelerator.prepare_model(self.model)
-        self.log = TrainingLog(
-            run, recipe, self.position.total, progress and self.accelerator.is_main_process
-        )
+        if run.main:
+            run.note_start(describe_start(self.position.total, accelerator.num_processes))
+        self.log = TrainingLog(run, recipe, self.plan, self.position.total, progress)
+        self.best = best_look(run.read_metrics())
 
     def fit(self) -> None:
         with self.log:
             for index, stage in enumerate(self.recipe.stages.values()):
                 if index >= self.position.stage:
                     self.run_stage(index, stage)
+            self.log.draw()
+        self.unwrap()
 
     def run_stage(self, index: int, stage: Stage) -> None:
         """The steps of a stage that are not done yet."""
+        steps = self.plan[index].steps
         done = self.position.step if index == self.position.stage else 0
-        source = bundled_dialogues("train", stage.data, self.recipe.seed)
-        optimizer = self.prepare_optimizer(stage, resumes=done > 0)
-        self.accelerator.gradient_accumulation_steps = stage.accumulation
-        for step in range(done, stage.steps):
-            set_learning_rate(optimizer, stage, step)
+        if done == 0 and stage.upcycle is not None:
+            seed_everything(self.recipe.seed, self.position.total, 0)
+            self.model = with_experts(self.model, stage.upcycle, self.recipe.seed)
+        optimizer = self.prepare(stage, resumes=done > 0)
+        for step in range(done, steps):
+            set_learning_rate(optimizer, stage, step, steps)
             total = self.position.total + 1
-            loss, tokens = self.train_step(optimizer, stage, source, total)
-            self.log.step(total, index, loss, optimizer, tokens)
+            self.measured_step(index, stage, step, total)
             self.position = Position(index, step + 1, total)
-            if total % self.recipe.checkpoint_every == 0 or step + 1 == stage.steps:
-                self.save(optimizer)
             if self.recipe.evaluation.every and total % self.recipe.evaluation.every == 0:
                 self.look(total)
+            if step + 1 == steps and self.recipe.keep_stages and self.run.main:
+                facts = {"stage": self.plan[index].name, "step": total}
+                save_model(self.run.stages / self.plan[index].name, self.model, self.processor, facts)
+            if total % self.recipe.checkpoint_every == 0 or step + 1 == steps:
+                self.save(optimizer)
             if self.after_step is not None:
                 self.after_step(total)
 
-    def prepare_optimizer(self, stage: Stage, resumes: bool) -> Optimizer:
-        """The optimizer of a stage: as the checkpoint has it, or going on from the last stage's, or new."""
-        optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.model, stage))
+    def prepare(self, stage: Stage, resumes: bool) -> Optimizer:
+        """Frees and freezes the parts for a stage and makes its optimizer: with the checkpoint's state, or
+        going on from the last stage's, or new."""
+        self.unwrap()
+        self.accelerator.free_memory()
+        self.accelerator.gradient_accumulation_steps = stage.accumulation
+        self.model.to(self.accelerator.device)
+        checkpoint_layers(self.model, self.recipe.gradient_checkpointing)
+        made = make_optimizer(self.model, stage)
+        self.forward = self.accelerator.prepare_model(self.model)
+        optimizer = self.accelerator.prepare_optimizer(made)
         if resumes:
             assert self.optimizer_state is not None, "a checkpoint within a stage has the stage's optimizer"
             optimizer.load_state_dict(self.optimizer_state)
         elif stage.keep_optimizer and self.optimizer is not None:
             keep_moments(self.optimizer, optimizer)
-        self.optimizer = optimizer
+        self.optimizer, self.optimizer_state = optimizer, None
+        self.log.flops_per_token = 0.0
         return optimizer
 
+    def unwrap(self) -> None:
+        """Takes off the model what accelerate put around it."""
+        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
+        vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
+
+    def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
+        """A step and its line in the log. Where a step's time is to be split, FLOPs are counted in the step
+        before it, since counting takes time; which steps these are does not depend on interruptions."""
+        every = self.recipe.profile_every
+        if every and (total + 1) % every == 0:
+            with FlopCounter() as counter:
+                loss, tokens = self.train_step(stage, index, step, total, NoProfile())
+            self.log.flops_per_token = counter.total * self.accelerator.num_processes / tokens
+            limit = measured_limit(self.accelerator.device, self.recipe.precision)
+            self.log.limit = limit * self.accelerator.num_processes
+        elif every and total % every == 0:
+            with StepProfile(self.model, self.accelerator.device) as profile:
+                loss, tokens = self.train_step(stage, index, step, total, profile)
+            self.log.profile(total, profile.seconds, tokens)
+        else:
+            loss, tokens = self.train_step(stage, index, step, total, NoProfile())
+        assert self.optimizer is not None
+        self.log.step(total, index, loss, self.optimizer, tokens)
+
     def train_step(
-        self, optimizer: Optimizer, stage: Stage, source: Dialogues, step: int
+        self, stage: Stage, index: int, step: int, total: int, profile: Profile
     ) -> tuple[Tensor, int]:
-        """One optimizer step: the mean loss over its labelled tokens, and how many tokens it read."""
-        # This process's share of the step's dialogues.
-        mine = range(self.accelerator.process_index, stage.batch_size, self.accelerator.num_processes)
-        batches = make_batches(self.processor, source, step, mine, stage.accumulation)
-        labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
-        loss, tokens = torch.zeros((), device=self.accelerator.device), 0
+        """One optimizer step: the mean loss over its labelled tokens, and how many tokens were read."""
+        accelerator, optimizer = self.accelerator, self.optimizer
+        assert optimizer is not None
+        seed_everything(self.recipe.seed, total, accelerator.process_index)
+        with profile.part("data"):
+            # This process's share of the step's samples.
+            mine = range(accelerator.process_index, stage.batch_size, accelerator.num_processes)
+            batches = [
+                to_device(batch, accelerator.device)
+                for batch in make_batches(self.processor, self.sources[index], step, mine, stage.accumulation)
+            ]
+            labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            counts = torch.tensor([sum(labelled), tokens], device=accelerator.device)
+            all_labelled, all_tokens = accelerator.reduce(counts).tolist()
+        loss = torch.zeros((), device=accelerator.device)
         moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
-            tokens += int(batch["attention_mask"].sum())
-            with self.accelerator.accumulate(self.forward):
-                # Weighed by its labels, so that accumulation changes the memory and not the loss.
-                share = count / sum(labelled)
-                output = self.forward(**to_device(batch, self.accelerator.device))
+            with accelerator.accumulate(self.forward):
+                output = self.forward(**batch)
+                # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
+                # are averaged over processes.
+                share = count * accelerator.num_processes / max(1, all_labelled)
                 micro_loss = share * output.loss
-                self.accelerator.backward(micro_loss * stage.accumulation)
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), stage.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                with profile.backward_of(micro_loss):
+                    accelerator.backward(micro_loss * stage.accumulation)
+                with profile.part("optimizer"):
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(self.model.parameters(), stage.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
             loss += micro_loss.detach()
             moe_stats.append(output.moe_stats)
         self.model.update_router(*moe_stats)
-        return loss, tokens
+        return accelerator.reduce(loss, "mean"), all_tokens
 
     def save(self, optimizer: Optimizer) -> None:
-        self.log.flush()
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.run.checkpoint, self.model, self.recipe.model, optimizer, self.position)
+        self.log.draw(SECONDS_BETWEEN_DRAWINGS)
+        if self.run.main:
+            save_checkpoint(self.run.checkpoint, self.model, optimizer, self.position)
         self.accelerator.wait_for_everyone()
+        self.log.forget_pause()
 
     def look(self, step: int) -> None:
-        """Held-out accuracy on the way; nothing is chosen by it."""
-        settings = self.recipe.evaluation
-        data = settings.data.model_copy(update={"rounds": (1, 1)})
-        dialogues = DigitDialogues("test", data, self.recipe.seed).batch(0, range(settings.quick_dialogues))
-        result = evaluate(self.model, self.processor, dialogues, settings.batch_size)
-        self.model.train()
-        self.log.evaluation(step, result.accuracy)
+        """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
+        if self.run.main:
+            with self.accelerator.autocast():
+                look = look_at_held_out(self.model, self.processor, self.recipe.evaluation, self.recipe.seed)
+            if look.beats(self.best):
+                save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
+                self.best = look
+            self.log.look(step, look)
+        self.accelerator.wait_for_everyone()
+
+
+def open_sources(
+    recipe: Recipe, processor: Processor, processes: int = 1
+) -> tuple[list[SampleSource], list[StagePlan]]:
+    """The data of every stage, and how much there is to do.
+
+    Raises:
+        ValueError: data that cannot be read, epochs of data without end, or a batch that so many processes
+            cannot share; the message names the stage.
+    """
+    sources: list[SampleSource] = []
+    plan: list[StagePlan] = []
+    for name, stage in recipe.stages.items():
+        if stage.batch_size % (stage.accumulation * processes):
+            raise ValueError(
+                f"stage {name!r}: batch_size {stage.batch_size} is no multiple of accumulation "
+                f"{stage.accumulation} times {processes} processes"
+            )
+        try:
+            source = make_source(
+                stage.data,
+                "train",
+                recipe.seed,
+                processor,
+                batch_size=stage.batch_size,
+                first_step=sum(earlier.steps for earlier in plan),
+            )
+            plan.append(StagePlan(name, stage.count_steps(source.epoch_size), stage.batch_size))
+        except ValueError as error:
+            raise ValueError(f"stage {name!r}: {error}") from error
+        sources.append(source)
+    return sources, plan
 
 
 def make_batches(
-    processor: Processor, source: Dialogues, step: int, indices: Sequence[int], parts: int = 1
+    processor: Processor, source: SampleSource, step: int, indices: Sequence[int], parts: int = 1
 ) -> list[Batch]:
-    """The dialogues of a step as tensors, in at most `parts` batches."""
-    samples = [processor.encode(dialogue_messages(d)) for d in source.batch(step, indices)]
+    """The samples of a step as tensors, in at most `parts` batches."""
+    samples = source.samples(step, indices)
     size = math.ceil(len(samples) / parts)
     return [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
-def make_optimizer(model: VLM, stage: Stage) -> AdamW:
-    """AdamW over the stage's parts, the others frozen; matrices and embeddings decay, vectors do not."""
-    groups = []
-    for part, parameters in model.parts().items():
-        learns = part in stage.train
-        for parameter in parameters:
-            parameter.requires_grad_(learns)
-        if not learns:
-            parameters = []
-        for decays in (True, False):
-            members = [p for p in parameters if (p.dim() >= 2) == decays]
-            if members:
-                decay = stage.weight_decay if decays else 0.0
-                groups.append({"params": members, "part": part, "weight_decay": decay})
-    if not groups:
-        raise ValueError(f"the model has no parameters in the parts to train, {stage.train}")
-    return AdamW(groups, lr=0.0, betas=stage.betas, fused=True)
+def new_model(recipe: Recipe) -> VLM:
+    """The model as a run begins with it, in float32: small steps are lost on weights of half precision."""
+    torch.manual_seed(recipe.seed)
+    model = VLM(recipe.model)
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        model.float()
+    return model.train()
 
 
-def keep_moments(old: Optimizer, new: Optimizer) -> None:
-    """Gives `new` the state that `old` has for the parameters of both."""
-    for group in new.param_groups:
-        for parameter in group["params"]:
-            if parameter in old.state:
-                new.state[parameter] = old.state[parameter]
+def with_experts(model: VLM, moe: MoEConfig, seed: int) -> VLM:
+    """The model with experts that are copies of its MLPs, in training mode."""
+    from pyvlm.models.upcycling import upcycle
+
+    return upcycle(model, moe, seed).train()
 
 
-def set_learning_rate(optimizer: Optimizer, stage: Stage, step: int) -> None:
-    """Linear warm-up, then a cosine down to `final_lr`; `step` counts from 0."""
-    if step < stage.warmup:
-        factor = (step + 1) / stage.warmup
-    else:
-        progress = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
-        factor = stage.final_lr + (1 - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    for group in optimizer.param_groups:
-        group["lr"] = factor * stage.rate_of(group["part"])
+def checkpoint_layers(model: VLM, enable: bool) -> None:
+    """Whether the layers of the language model, and of encoders of transformers, are computed again in the
+    backward pass."""
+    model.language.gradient_checkpointing = enable
+    for tower in model.vision_towers.values():
+        if isinstance(tower, TransformersTower) and enable:
+            encoder: Any = tower.encoder
+            # The first name is that of transformers since 5.23.
+            method = getattr(
+                encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable
+            )
+            method({"use_reentrant": False})
+
+
+def seed_everything(seed: int, step: int, process: int) -> None:
+    """Seeds Python, NumPy and torch for one step, so that no generator's state has to be kept."""
+    set_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ from pyvlm.training.charts import Line, line_chart, smooth
 from pyvlm.training.digits import DigitDialogues, DigitsConfig
 from pyvlm.training.evaluate import Asked, Evaluation, Transcript, accuracy_table
 from pyvlm.training.report import Findings, write_report
+from pyvlm.training.sources import make_source
 from pyvlm.training.steptime import StepTime, compare_backends
 from pyvlm.training.trainer import make_batches
 
@@ -79,8 +80,9 @@ def test_step_times_are_of_both_backends_and_leave_the_model_alone(small_recipe)
     recipe = small_recipe()
     model = VLM(recipe.model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    source = DigitDialogues("train", DigitsConfig(), 0)
-    times = compare_backends(model, make_batches(recipe.processor(), source, 0, range(2))[0], 3, 1)
+    processor = recipe.processor()
+    source = make_source(DigitsConfig(), "train", 0, processor, batch_size=2)
+    times = compare_backends(model, make_batches(processor, source, 0, range(2))[0], 3, 1)
     assert [time.backend for time in times] == ["auto", "reference"]
     assert all(0 < time.low <= time.median <= time.high for time in times)
     assert all(np.array_equal(weights[name], tensor) for name, tensor in model.state_dict().items())

@@ -12,10 +12,11 @@ import yaml
 
 from pyvlm.models.vlm import VLM
 from pyvlm.training import checkpointing
-from pyvlm.training.digits import DigitDialogues
+from pyvlm.training.optimization import make_optimizer, set_learning_rate
 from pyvlm.training.recipe import PARTS
 from pyvlm.training.runfolder import RunFolder
-from pyvlm.training.trainer import make_batches, make_optimizer, set_learning_rate, train
+from pyvlm.training.sources import make_source
+from pyvlm.training.trainer import make_batches, train
 
 
 class Killed(Exception):
@@ -97,7 +98,17 @@ def test_training_lowers_the_loss_and_writes_everything(tmp_path, small_recipe):
     values = [loss for _, loss in losses(tmp_path)]
     assert sum(values[25:30]) < 0.7 * sum(values[:5])
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {".lock", "recipe.json", "metrics.jsonl", "tensorboard", "checkpoint", "model"}
+    assert written == {
+        ".lock",
+        "recipe.json",
+        "environment.json",
+        "metrics.jsonl",
+        "curves.png",
+        "tensorboard",
+        "checkpoint",
+        "best",
+        "model",
+    }
     assert list((tmp_path / "tensorboard").iterdir())
     looks = [line for line in RunFolder(tmp_path, recipe).read_metrics() if "held_out_accuracy" in line]
     assert [line["step"] for line in looks] == list(range(3, 35, 3))
@@ -140,7 +151,7 @@ def test_learning_rate_rises_and_falls(small_recipe):
     optimizer = make_optimizer(VLM(recipe.model), stage)
     rates = []
     for step in range(10):
-        set_learning_rate(optimizer, stage, step)
+        set_learning_rate(optimizer, stage, step, 10)
         rates.append({group["part"]: group["lr"] for group in optimizer.param_groups})
     connector = [rate["connector"] for rate in rates]
     assert connector[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -162,8 +173,8 @@ def test_accumulation_changes_the_memory_and_not_the_loss(tmp_path, small_recipe
 
 def test_batches_cover_the_indices_once(small_recipe):
     recipe = small_recipe()
-    source = DigitDialogues("train", recipe.stages["one"].data, 0)
     processor = recipe.processor()
+    source = make_source(recipe.stages["one"].data, "train", 0, processor, batch_size=7)
     whole = make_batches(processor, source, 3, range(7))
     parts = make_batches(processor, source, 3, range(7), 3)
     assert (len(whole), [len(part["input_ids"]) for part in parts]) == (1, [3, 3, 1])

@@ -1,0 +1,78 @@
+"""A quick look at held-out data during training, and whether it was the best so far."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyvlm.models.processor import IGNORED, Processor
+from pyvlm.models.vlm import VLM
+from pyvlm.training.digits import DigitDialogues, DigitsConfig
+from pyvlm.training.evaluate import evaluate
+from pyvlm.training.recipe import Evaluation
+from pyvlm.training.sources import SampleSource, make_source
+
+HIGHER_IS_BETTER = {"held_out_accuracy": True, "held_out_loss": False}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found; `metric` is a key of `HIGHER_IS_BETTER`."""
+
+    metric: str
+    value: float
+
+    def beats(self, other: "Look | None") -> bool:
+        """Whether it is better than an earlier one, or the first."""
+        if other is None or other.metric != self.metric:
+            return True
+        return self.value > other.value if HIGHER_IS_BETTER[self.metric] else self.value < other.value
+
+
+def best_look(metrics: Sequence[Mapping[str, Any]]) -> Look | None:
+    """The best look among the lines of metrics.jsonl; of equal ones the first."""
+    best = None
+    for line in metrics:
+        for metric in HIGHER_IS_BETTER.keys() & line.keys():
+            look = Look(metric, line[metric])
+            best = look if look.beats(best) else best
+    return best
+
+
+def look_at_held_out(model: VLM, processor: Processor, settings: Evaluation, seed: int) -> Look:
+    """The accuracy of first answers where the data are dialogues about digits, and else the loss.
+
+    The model is left in training mode.
+    """
+    if isinstance(settings.data, DigitsConfig):
+        data = settings.data.model_copy(update={"rounds": (1, 1)})
+        dialogues = DigitDialogues("test", data, seed).batch(0, range(settings.quick_dialogues))
+        look = Look("held_out_accuracy", evaluate(model, processor, dialogues, settings.batch_size).accuracy)
+    else:
+        source = make_source(settings.data, "test", seed, processor, batch_size=settings.batch_size)
+        loss = held_out_loss(model, processor, source, settings.quick_dialogues, settings.batch_size)
+        look = Look("held_out_loss", loss)
+    model.train()
+    return look
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: VLM, processor: Processor, source: SampleSource, count: int, batch_size: int
+) -> float:
+    """The mean cross-entropy over the labelled tokens of the first `count` samples, or all where there are
+    fewer; without the routers' losses."""
+    model.eval()
+    device = next(model.parameters()).device
+    if source.epoch_size is not None:
+        count = min(count, source.epoch_size)
+    total, labelled = 0.0, 0
+    for step, start in enumerate(range(0, count, batch_size)):
+        samples = source.samples(step, range(min(batch_size, count - start)))
+        batch = processor.collate(samples)
+        inputs: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in batch.items()}
+        words = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        total += words * model(**inputs).cross_entropy.item()
+        labelled += words
+    return total / labelled if labelled else float("nan")

@@ -1,0 +1,84 @@
+"""From a stage's `data` to encoded samples.
+
+Like `pyvlm.data.source.Source`, everything here is a pure function of seed, step and index.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pyvlm.data.source import Messages, Source
+from pyvlm.models.processor import Processor, Sample
+from pyvlm.training.bundled import Bundled, Dialogues, bundled_dialogues
+from pyvlm.training.conversation import dialogue_messages
+from pyvlm.training.digits import Split
+
+
+class SampleSource(Protocol):
+    """What the trainer asks for; a source that packs or truncates samples gives them itself."""
+
+    @property
+    def epoch_size(self) -> int | None:
+        """Samples of one pass over the data; None: it has no end."""
+        ...
+
+    def samples(self, step: int, indices: Sequence[int]) -> list[Sample]:
+        """One sample an index; steps count from 0 in each stage."""
+        ...
+
+
+class Encoded:
+    """The samples of a source of conversations, one each.
+
+    Args:
+        source: gives the conversations.
+        processor: encodes them.
+        epoch_size: see `SampleSource`.
+    """
+
+    def __init__(self, source: Source, processor: Processor, epoch_size: int | None = None) -> None:
+        self.source, self.processor, self.epoch_size = source, processor, epoch_size
+
+    def samples(self, step: int, indices: Sequence[int]) -> list[Sample]:
+        return [self.processor.encode(messages) for messages in self.source.batch(step, indices)]
+
+
+class DialogueSource:
+    """Bundled dialogues as conversations.
+
+    Args:
+        dialogues: gives the dialogues.
+        first_step: steps of the stages before. Dialogues are numbered through a run, so that two stages of
+            the same kind do not see the same ones.
+    """
+
+    def __init__(self, dialogues: Dialogues, first_step: int = 0) -> None:
+        self.dialogues, self.first_step = dialogues, first_step
+
+    def batch(self, step: int, indices: Sequence[int]) -> list[Messages]:
+        drawn = self.dialogues.batch(self.first_step + step + 1, indices)
+        return [dialogue_messages(dialogue) for dialogue in drawn]
+
+
+def make_source(
+    data: Bundled,
+    split: Split,
+    seed: int,
+    processor: Processor,
+    *,
+    batch_size: int,
+    first_step: int = 0,
+) -> SampleSource:
+    """The samples that a `data` entry describes.
+
+    Args:
+        data: of a stage or of the evaluation.
+        split: the training part or the held-out one.
+        seed: of the recipe.
+        processor: encodes conversations.
+        batch_size: samples a step, for sources that plan whole epochs.
+        first_step: steps of the stages before, for sources without end.
+
+    Raises:
+        ValueError: the data cannot be read; the message says what is wrong with them.
+    """
+    return Encoded(DialogueSource(bundled_dialogues(split, data, seed), first_step), processor)

@@ -1,0 +1,169 @@
+"""The split of a step's time, and its FLOPs: against hand-made counts, and without any influence."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pyvlm.models.vlm import VLM
+from pyvlm.nn.moe import MoE
+from pyvlm.training import trainer
+from pyvlm.training.logs import StagePlan, describe_time, seconds_left
+from pyvlm.training.profiling import PARTS, StepProfile
+from pyvlm.training.sources import make_source
+from pyvlm.training.utilization import FlopCounter, measured_limit, visible_pairs
+
+
+@pytest.fixture(autouse=True)
+def quick_limit(monkeypatch):
+    monkeypatch.setattr(trainer, "measured_limit", lambda *_: 1e9)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_profiled_steps_compute_the_same_and_their_parts_are_the_step(tmp_path, small_recipe, recompute):
+    for every in (0, 2):
+        recipe = small_recipe(
+            profile_every=every,
+            gradient_checkpointing=recompute,
+            stages={"one": {"accumulation": 2}},
+            evaluation={"every": 0},
+            trackers=[],
+        )
+        trainer.train(recipe, tmp_path / str(every), progress=False)
+    plain, measured = lines_of(tmp_path / "0"), lines_of(tmp_path / "2")
+    losses = [line["loss"] for line in measured if "loss" in line]
+    assert losses == [line["loss"] for line in plain]
+    profiled = [line for line in measured if "step_time" in line]
+    assert [line["step"] for line in profiled] == [2, 4, 6, 8]
+    for line in profiled:
+        assert line["step_time"].keys() == set(PARTS)
+        assert min(line["step_time"].values()) > 0
+    assert [line["step"] for line in profiled if "mfu" in line] == [2, 4, 8]  # 6 is the first of its stage
+    told = describe_time(measured)
+    assert "mean of 4" in told[0]
+    assert "1 GFLOP/s" in told[1]
+
+
+class Slow(nn.Module):
+    """Takes its time forward and backward, beside the module that it wraps."""
+
+    def __init__(self, inner, forward, backward):
+        super().__init__()
+        self.inner, self.seconds, self.backward = inner, forward, backward
+
+    def forward(self, *arguments, **options):
+        time.sleep(self.seconds)
+        out = self.inner(*arguments, **options)
+        return Wait.apply(out, self.backward)
+
+
+class Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.seconds)
+        return grad, None
+
+
+def test_time_goes_to_the_part_that_takes_it(small_recipe):
+    recipe = small_recipe()
+    model, processor = VLM(recipe.model).train(), recipe.processor()
+    model.connector = Slow(model.connector, 0.05, 0.1)
+    model.language.layers[0].mlp = Slow(model.language.layers[0].mlp, 0.1, 0.15)
+    source = make_source(recipe.stages["one"].data, "train", 0, processor, batch_size=2)
+    start = time.perf_counter()
+    with StepProfile(model, torch.device("cpu")) as profile:
+        with profile.part("data"):
+            batch = trainer.make_batches(processor, source, 0, range(2))[0]
+            time.sleep(0.05)
+        loss = model(**batch).loss
+        with profile.backward_of(loss):
+            loss.backward()
+        with profile.part("optimizer"):
+            time.sleep(0.08)
+    assert profile.total <= time.perf_counter() - start
+    assert profile.total == pytest.approx(time.perf_counter() - start, abs=0.1)
+    least = {"connector": 0.15, "mlp": 0.25, "data": 0.05, "optimizer": 0.08}
+    for part, seconds in least.items():
+        assert profile.seconds[part] >= seconds, part
+    assert sum(profile.seconds[part] for part in set(PARTS) - least.keys()) < profile.total - 0.53 + 1e-6
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_visible_pairs_are_those_of_the_dense_mask(small_recipe, separate):
+    from pyvlm.layout import IMAGE, TEXT, TokenLayout
+
+    kind = torch.tensor([[TEXT, IMAGE, IMAGE, TEXT, TEXT, 0], [IMAGE, IMAGE, TEXT, IMAGE, TEXT, TEXT]])
+    spans = TokenLayout(kind.to(torch.uint8)).spans("mmca" if separate else "bidirectional_image")
+    assert spans.separate == separate
+    pairs = visible_pairs(spans.bounds, spans.key_class, spans.range_classes, spans.separate)
+    assert pairs == int(spans.dense().sum())
+
+
+def test_flops_of_a_step_are_those_of_its_products(small_recipe):
+    """A model of products alone that can be counted by hand: one dense layer, one of experts."""
+    recipe = small_recipe(model={"language": {"moe": {"image_router": "token_choice", "top_k": 1}}})
+    model, processor = VLM(recipe.model).train(), recipe.processor()
+    source = make_source(recipe.stages["one"].data, "train", 0, processor, batch_size=2)
+    batch = trainer.make_batches(processor, source, 0, range(2))[0]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    calls = []
+    language = model.language
+    language.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    with FlopCounter() as whole:
+        output = model(**batch)
+    with FlopCounter() as below:  # what comes before the decoder
+        model.image_features(batch["images"])
+    (arguments,) = calls
+    spans = arguments[1].spans(recipe.model.language.attention_rule)
+    pairs = visible_pairs(spans.bounds, spans.key_class, spans.range_classes, spans.separate)
+    rows, real = batch["input_ids"].numel(), int(batch["attention_mask"].sum())
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    expected = sum(2 * rows * layer.attention.qkv_proj.weight.numel() for layer in language.layers)
+    expected += sum(2 * rows * layer.attention.o_proj.weight.numel() for layer in language.layers)
+    expected += 2 * 4 * 16 * pairs
+    dense, experts = (layer.mlp for layer in language.layers)
+    expected += 2 * rows * (dense.gate_up_proj.weight.numel() + dense.down_proj.weight.numel())
+    assert isinstance(experts, MoE)
+    expected += 2 * rows * experts.gate.weight.numel()
+    expected += 2 * real * (experts.gate_up_proj[0].numel() + experts.down_proj[0].numel())
+    expected += 2 * labelled * language.head_weight.numel()
+    assert whole.total - below.total == expected
+    assert output.loss is not None
+
+
+def test_backward_of_a_product_costs_what_is_needed():
+    from pyvlm.ops.linear import linear
+
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    for needs_x, needs_weight in ((True, True), (False, True), (True, False)):
+        a, b = x.detach().requires_grad_(needs_x), weight.detach().requires_grad_(needs_weight)
+        with FlopCounter() as counter:
+            linear(a, b).sum().backward()
+        assert counter.total == 2 * 8 * 16 * 4 * (1 + needs_x + needs_weight)
+
+
+def test_the_limit_is_positive_and_draws_from_no_ones_generator():
+    state = torch.get_rng_state()
+    assert measured_limit(torch.device("cpu"), "fp32") > 1e9
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_time_left_covers_all_stages():
+    plan = [StagePlan("a", 10, 4), StagePlan("b", 5, 8)]
+    assert seconds_left(plan, 4, 2.0) == 6 * 2.0 + 5 * 4.0
+    assert seconds_left(plan, 10, 2.0) == 5 * 4.0
+    assert seconds_left(plan, 12, 4.0) == 3 * 4.0
+    assert seconds_left(plan, 15, 4.0) == 0
