@@ -56,7 +56,7 @@ class FilesConfig(Config):
 
     Attributes:
         path: a file or folder (see `pyvlm.data.readers.RecordFile`), or several, each by its path or as a
-            `DataFile` with a weight.
+            `DataFile` with a weight. A recipe may leave it to whoever runs it.
         images: the folder that image paths are relative to; None: the one that the file lies in.
         format: of the records; "auto": by their keys.
         max_length: tokens that a sample is cut to, never within an image; None: it is as long as it is.
@@ -69,7 +69,7 @@ class FilesConfig(Config):
     """
 
     source: Literal["files"] = "files"
-    path: str | Annotated[list[str | DataFile], Field(min_length=1)]
+    path: str | Annotated[list[str | DataFile], Field(min_length=1)] | None = None
     images: str | None = None
     format: Format = "auto"
     max_length: Count | None = None
@@ -83,6 +83,10 @@ class FilesConfig(Config):
     @property
     def files(self) -> list[DataFile]:
         """One entry a file, each with its folder of images where one is given."""
+        if self.path is None:
+            raise ValueError(
+                "the data are to be read from files, and no path is given: --data PATH gives one"
+            )
         paths = [self.path] if isinstance(self.path, str) else self.path
         files = [DataFile(path=file) if isinstance(file, str) else file for file in paths]
         return [file.model_copy(update={"images": file.images or self.images}) for file in files]

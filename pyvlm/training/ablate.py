@@ -17,7 +17,7 @@ from pyvlm.models.checkpoint import read_file, write_file
 from pyvlm.training.ablation_chart import Curve, write_png
 from pyvlm.training.ablation_plan import Variant, plan_variants
 from pyvlm.training.budget_table import align, human
-from pyvlm.training.digits import DigitDialogues
+from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.evaluate import evaluate
 from pyvlm.training.recipe import Recipe
 from pyvlm.training.runfolder import RunFolder
@@ -116,7 +116,7 @@ def _run(variant: Variant, seed: int, folder: Path, progress: bool) -> Run:
             return Run(**content | {"curve": [(flops, accuracy) for flops, accuracy in content["curve"]]})
     trained = train(recipe, folder, progress=progress)
     settings = recipe.evaluation
-    held_out = DigitDialogues("test", settings.data, seed).batch(0, range(settings.dialogues))
+    held_out = bundled_dialogues("test", recipe.bundled_held_out(), seed).batch(0, range(settings.dialogues))
     result = evaluate(trained.model, trained.processor, held_out, settings.batch_size)
     with RunFolder(folder, recipe) as run_folder:
         looked = [line for line in run_folder.read_metrics() if "held_out_accuracy" in line]

@@ -17,9 +17,10 @@ import yaml
 from pydantic import ValidationError
 
 from pyvlm.models.config import VLMConfig
-from pyvlm.training.budget import stage_workloads, step_cost
+from pyvlm.training.budget import stage_models, stage_workloads, step_cost
+from pyvlm.training.explain import explain
 from pyvlm.training.flops import StepCosts, skeleton, total
-from pyvlm.training.recipe import Recipe, explain
+from pyvlm.training.recipe import Recipe
 
 SHORTHANDS = {
     "connector": "model.connector",
@@ -62,7 +63,7 @@ class Variant:
         """Training FLOPs of the first `step` steps."""
         spent = 0
         for stage, each in zip(self.recipe.stages.values(), self.step_flops, strict=True):
-            done = min(step, stage.steps)
+            done = min(step, stage.count_steps())
             spent, step = spent + done * each, step - done
         return spent
 
@@ -106,7 +107,8 @@ def plan_variants(
     """
     if budget is None:
         budget = sum(
-            stage.steps * each for stage, each in zip(base.stages.values(), _step_flops(base), strict=True)
+            stage.count_steps() * each
+            for stage, each in zip(base.stages.values(), _step_flops(base), strict=True)
         )
     variants = []
     for values in itertools.product(*vary.values()):
@@ -123,10 +125,8 @@ def plan_variants(
 
 def _step_flops(recipe: Recipe) -> list[int]:
     return [
-        total(
-            step_cost(StepCosts(recipe.model, stage.train), stage_workloads(recipe, stage)[0]).values()
-        ).total
-        for stage in recipe.stages.values()
+        total(step_cost(StepCosts(model, stage.train), stage_workloads(recipe, stage)[0]).values()).total
+        for stage, model in zip(recipe.stages.values(), stage_models(recipe), strict=True)
     ]
 
 
@@ -185,20 +185,27 @@ def _towers(names: Any, towers: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 def _scale(recipe: Recipe, step_flops: Sequence[int], budget: float, looks: int, name: str) -> Recipe:
     """The recipe with all stages longer or shorter by the factor that meets the budget."""
     stages = recipe.stages.values()
-    own = sum(stage.steps * each for stage, each in zip(stages, step_flops, strict=True))
+    own = sum(stage.count_steps() * each for stage, each in zip(stages, step_flops, strict=True))
     if budget < (least := sum(step_flops)):
         raise ValueError(
             f"variant {name}: a budget of {budget:.3g} FLOPs is less than one step of each stage, {least:.3g}"
         )
     factor = budget / own
-    counts = _round_steps([stage.steps * factor for stage in stages], step_flops, budget)
+    counts = _round_steps([stage.count_steps() * factor for stage in stages], step_flops, budget)
     changed = {
-        key: stage.model_copy(update={"steps": steps, "warmup": min(steps, round(stage.warmup * factor))})
+        key: stage.model_copy(
+            update={"steps": steps, "epochs": None, "warmup": _scale_warmup(stage.warmup, factor, steps)}
+        )
         for (key, stage), steps in zip(recipe.stages.items(), counts, strict=True)
     }
-    steps = sum(stage.steps for stage in changed.values())
+    steps = sum(stage.count_steps() for stage in changed.values())
     evaluation = recipe.evaluation.model_copy(update={"every": math.ceil(steps / looks)})
     return recipe.model_copy(update={"stages": changed, "evaluation": evaluation})
+
+
+def _scale_warmup(warmup: float, factor: float, steps: int) -> float:
+    """A warm-up in steps becomes longer or shorter with its stage; a share of the stage is one anyway."""
+    return min(steps, round(warmup * factor)) if isinstance(warmup, int) else warmup
 
 
 def _round_steps(wanted: Sequence[float], step_flops: Sequence[int], budget: float) -> list[int]:

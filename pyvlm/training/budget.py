@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 
+from pyvlm.data.files import FilesConfig
 from pyvlm.models.checkpoint import write_file
 from pyvlm.models.config import VLMConfig
+from pyvlm.models.upcycling import upcycle
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe_options import IMAGE_ROW, TEXT_ROW
+from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.digits import DigitDialogues, DigitsConfig
 from pyvlm.training.flops import (
     StepCosts,
     Workload,
     experts_per_token,
     moe_layers,
+    skeleton,
     total,
 )
 from pyvlm.training.products import Cost
@@ -167,9 +170,9 @@ def make_budget(
     source = "given" if rate is not None else f"2048³ matrix products in {recipe.precision}, measured here"
     rate = measure_rate(recipe.precision) if rate is None else rate
     stages = []
-    for name, stage in recipe.stages.items():
+    for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True):
         steps, data = stage_workloads(recipe, stage, shape)
-        stages.append(_budget_stage(recipe, name, steps, data, rate, price_per_hour))
+        stages.append(_budget_stage(recipe, model, name, steps, data, rate, price_per_hour))
     costs = StepCosts(config)
     language = config.language
     cached = 2 * language.num_layers * language.kv_heads * language.head_size * size
@@ -275,14 +278,14 @@ def stage_workloads(
             with pyvlm.
     """
     size = stage.batch_size // stage.accumulation
-    if shape is not None or not isinstance(stage.data, DigitsConfig):
+    if shape is not None or isinstance(stage.data, FilesConfig):
         length, images = row_shape(recipe.model, *(shape or (None, None)))
         batches = [Workload.of_shape(recipe.model, size, length, images)] * stage.accumulation
         return [batches], f"rows of {length:,} tokens with {images} images"
-    processor, source = recipe.processor(), DigitDialogues("train", stage.data, recipe.seed)
+    processor, source = recipe.processor(), bundled_dialogues("train", stage.data, recipe.seed)
     steps = []
     for number in range(DRAWN_STEPS):
-        dialogues = source.batch(1 + stage.steps * number // DRAWN_STEPS, range(stage.batch_size))
+        dialogues = source.batch(1 + stage.count_steps() * number // DRAWN_STEPS, range(stage.batch_size))
         samples = [processor.encode(dialogue_messages(dialogue)) for dialogue in dialogues]
         collated = [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
         steps.append([Workload.of_batch(recipe.model, batch) for batch in collated])
@@ -298,8 +301,19 @@ def step_cost(costs: StepCosts, steps: Sequence[Sequence[Workload]]) -> dict[str
     return {name: cost // len(steps) for name, cost in summed.items()}
 
 
+def stage_models(recipe: Recipe) -> list[VLMConfig]:
+    """The model of each stage: MLPs that one stage makes experts of are experts in the next ones too."""
+    config, configs = recipe.model, []
+    for stage in recipe.stages.values():
+        if stage.upcycle is not None:
+            config = upcycle(skeleton(config), stage.upcycle, recipe.seed).config
+        configs.append(config)
+    return configs
+
+
 def _budget_stage(
     recipe: Recipe,
+    model: VLMConfig,
     name: str,
     steps: list[list[Workload]],
     data: str,
@@ -307,9 +321,9 @@ def _budget_stage(
     price_per_hour: float | None,
 ) -> StageBudget:
     stage, size = recipe.stages[name], BYTES[recipe.precision]
-    costs = StepCosts(recipe.model, stage.train)
+    costs = StepCosts(model, stage.train)
     step = step_cost(costs, steps)
-    hours = stage.steps * total(step.values()).total / rate / 3600
+    hours = stage.count_steps() * total(step.values()).total / rate / 3600
     parameters = list(costs.model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     largest = max((batch for batches in steps for batch in batches), key=lambda batch: batch.tokens)
@@ -318,7 +332,7 @@ def _budget_stage(
         data,
         list(stage.train),
         trainable,
-        stage.steps,
+        stage.count_steps(),
         sum(batch.tokens for batches in steps for batch in batches) // len(steps),
         sum(batch.images for batches in steps for batch in batches) // len(steps),
         step,

@@ -1,9 +1,8 @@
 """The dialogues that pyvlm brings along: one entry a `source`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Protocol
 
-from pydantic import Discriminator, Tag
 from tokenizers import Tokenizer
 
 from pyvlm.models.processor import word_level_tokenizer
@@ -13,16 +12,7 @@ from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Split
 from pyvlm.training.digits import DigitDialogues, DigitsConfig
 from pyvlm.training.photos import PhotoDialogues, PhotosConfig
 
-
-def _kind(given: Any) -> str:
-    """The `source` of a configuration or of what it is made from; digits where it is left out."""
-    return str(given.get("source", "digits") if isinstance(given, Mapping) else given.source)
-
-
-Bundled = Annotated[
-    Annotated[DigitsConfig, Tag("digits")] | Annotated[PhotosConfig, Tag("photos")],
-    Discriminator(_kind),
-]
+Bundled = DigitsConfig | PhotosConfig
 VOCABULARIES: Mapping[str, Callable[[], list[str]]] = {
     "digits": digits.vocabulary,
     "photos": photos.vocabulary,
@@ -35,7 +25,7 @@ class Dialogues(Protocol):
     def batch(self, step: int, indices: Sequence[int]) -> list[Dialogue]: ...
 
 
-def bundled_dialogues(split: Split, config: DigitsConfig | PhotosConfig, seed: int) -> Dialogues:
+def bundled_dialogues(split: Split, config: Bundled, seed: int) -> Dialogues:
     """The source of a configuration."""
     if isinstance(config, PhotosConfig):
         return PhotoDialogues(split, config, seed)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyvlm.training.digits import DigitDialogues, DigitsConfig, load_split
+from pyvlm.training.bundled import bundled_dialogues
+from pyvlm.training.digits import load_split
 from pyvlm.training.evaluate import Transcript, accuracy_table, commonest_answers, evaluate, expert_load
 from pyvlm.training.pictures import write_pictures
 from pyvlm.training.recipe import Recipe
@@ -42,10 +43,10 @@ def run_demo(
     model, processor = trained.model, trained.processor
 
     settings, stage = recipe.evaluation, list(recipe.stages.values())[-1]
-    assert isinstance(stage.data, DigitsConfig), "the demo is about digits"
-    held_out = DigitDialogues("test", settings.data, recipe.seed).batch(0, range(settings.dialogues))
+    data = recipe.bundled_held_out()
+    held_out = bundled_dialogues("test", data, recipe.seed).batch(0, range(settings.dialogues))
     result = evaluate(model, processor, held_out, settings.batch_size)
-    table = accuracy_table(result, commonest_answers(settings.data, recipe.seed))
+    table = accuracy_table(result, commonest_answers(data, recipe.seed))
     tell(format_table(table))
     for transcript in result.transcripts[:SPOKEN_DIALOGUES]:
         tell(format_transcript(transcript))

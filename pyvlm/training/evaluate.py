@@ -9,9 +9,9 @@ import torch
 from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MODALITIES
+from pyvlm.training.bundled import Bundled, bundled_dialogues
 from pyvlm.training.conversation import Messages, answer, ask, dialogue_messages, open_conversation
 from pyvlm.training.dialogue import Dialogue
-from pyvlm.training.digits import DigitDialogues, DigitsConfig
 from pyvlm.training.replies import reply
 
 
@@ -99,10 +99,10 @@ def _hold(model: VLM, processor: Processor, dialogues: Sequence[Dialogue]) -> li
     return transcripts
 
 
-def commonest_answers(config: DigitsConfig, seed: int, dialogues: int = 1000) -> dict[str, str]:
+def commonest_answers(config: Bundled, seed: int, dialogues: int = 1000) -> dict[str, str]:
     """For each kind of question the answer that training dialogues give most often."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
-    for dialogue in DigitDialogues("train", config, seed).batch(0, range(dialogues)):
+    for dialogue in bundled_dialogues("train", config, seed).batch(0, range(dialogues)):
         for asked in dialogue.rounds:
             seen[asked.kind][asked.answer] += 1
     return {kind: answers.most_common(1)[0][0] for kind, answers in seen.items()}

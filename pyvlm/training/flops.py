@@ -56,7 +56,14 @@ class Workload:
     def of_batch(cls, config: VLMConfig, batch: Mapping[str, Any]) -> "Workload":
         """That of a batch of `Processor.collate`."""
         input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-        layout = default_layout(config, input_ids, batch["attention_mask"].cpu(), labels)
+        layout = default_layout(
+            config,
+            input_ids,
+            batch["attention_mask"].cpu(),
+            labels,
+            image_sizes=batch.get("image_sizes"),
+            documents=batch.get("documents"),
+        )
         labelled = int((next_labels(labels, layout) != IGNORED).sum())
         return cls(layout, labelled, 0 if batch["images"] is None else len(batch["images"]))
 
@@ -100,7 +107,7 @@ class StepCosts:
 
     def __init__(self, config: VLMConfig, train: Sequence[str] | None = None) -> None:
         self.config, self.model = config, skeleton(config)
-        parts = self.model.parts()
+        parts = self.model.parts(sorted({part for part in train or () if "." in part}))
         train = list(parts) if train is None else train
         if unknown := sorted(set(train) - set(parts)):
             raise ValueError(f"the model has no part {unknown[0]!r} to train; it has {', '.join(parts)}")

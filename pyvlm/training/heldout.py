@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from pyvlm.data.files import FilesConfig
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
-from pyvlm.training.digits import DigitDialogues, DigitsConfig
+from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.evaluate import evaluate
-from pyvlm.training.recipe import Evaluation
+from pyvlm.training.recipe import Recipe
 from pyvlm.training.sources import SampleSource, make_source
 
 HIGHER_IS_BETTER = {"held_out_accuracy": True, "held_out_loss": False}
@@ -40,17 +41,18 @@ def best_look(metrics: Sequence[Mapping[str, Any]]) -> Look | None:
     return best
 
 
-def look_at_held_out(model: VLM, processor: Processor, settings: Evaluation, seed: int) -> Look:
-    """The accuracy of first answers where the data are dialogues about digits, and else the loss.
+def look_at_held_out(model: VLM, processor: Processor, recipe: Recipe) -> Look:
+    """The accuracy of first answers where the data are bundled dialogues, and else the loss.
 
     The model is left in training mode.
     """
-    if isinstance(settings.data, DigitsConfig):
-        data = settings.data.model_copy(update={"rounds": (1, 1)})
-        dialogues = DigitDialogues("test", data, seed).batch(0, range(settings.quick_dialogues))
+    settings, seed, data = recipe.evaluation, recipe.seed, recipe.held_out
+    if not isinstance(data, FilesConfig):
+        data = data.model_copy(update={"rounds": (1, 1)})
+        dialogues = bundled_dialogues("test", data, seed).batch(0, range(settings.quick_dialogues))
         look = Look("held_out_accuracy", evaluate(model, processor, dialogues, settings.batch_size).accuracy)
     else:
-        source = make_source(settings.data, "test", seed, processor, batch_size=settings.batch_size)
+        source = make_source(data, "test", seed, processor, batch_size=settings.batch_size)
         loss = held_out_loss(model, processor, source, settings.quick_dialogues, settings.batch_size)
         look = Look("held_out_loss", loss)
     model.train()

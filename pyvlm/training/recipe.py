@@ -10,13 +10,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pyvlm.data.files import FilesConfig
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
+from pyvlm.models.language_families import read_language
 from pyvlm.models.parts import PARTS
 from pyvlm.models.processor import Processor, ProcessorConfig
+from pyvlm.models.tiling import TilingConfig
+from pyvlm.models.tower_config import ImageConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
 from pyvlm.training.recipe_paths import with_paths
+from pyvlm.training.sources import Data
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -29,6 +34,7 @@ class Stage(Config):
     Attributes:
         steps: optimizer steps. Give these or `epochs`.
         epochs: passes over the data, for data that have an end; a fraction is possible.
+        samples: of an epoch, for budgets of data that are not at hand.
         batch_size: dialogues a step, over all processes.
         accumulation: parts that a step's dialogues are computed in, to save memory.
         train: the parts that learn, as `VLM.parts` names them, the finer ones too; the others are frozen.
@@ -50,6 +56,7 @@ class Stage(Config):
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    samples: Positive | None = None
     batch_size: Positive
     accumulation: Positive = 1
     train: list[str] = Field(default=list(PARTS), min_length=1)
@@ -63,7 +70,7 @@ class Stage(Config):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None
-    data: Bundled = DigitsConfig()
+    data: Data = DigitsConfig()
 
     @property
     def finer(self) -> list[str]:
@@ -78,8 +85,8 @@ class Stage(Config):
         """The warm-up of a stage of so many steps."""
         return self.warmup if isinstance(self.warmup, int) else math.ceil(self.warmup * steps)
 
-    def count_steps(self, epoch_size: int | None) -> int:
-        """Steps of the stage on data of so many samples; None: they have no end.
+    def count_steps(self, epoch_size: int | None = None) -> int:
+        """Steps of the stage on data of so many samples; None: they have no end, or are not at hand.
 
         Raises:
             ValueError: the stage counts epochs, and its data have no end.
@@ -87,6 +94,7 @@ class Stage(Config):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None, "checked when the stage was made"
+        epoch_size = self.samples if epoch_size is None else epoch_size
         if epoch_size is None:
             raise ValueError(f"epochs {self.epochs:g}: these data have no end; give steps")
         return math.ceil(self.epochs * epoch_size / self.batch_size)
@@ -108,19 +116,44 @@ class Stage(Config):
 
 
 class Evaluation(Config):
-    """How held-out accuracy is measured.
+    """How held-out accuracy is measured, or the loss on data whose answers are free text.
 
     Attributes:
         dialogues: how many, in the final evaluation.
         every: steps between quick looks during training, at `quick_dialogues` first questions; 0: none. The
             model that did best in them is kept as `best/`, beside the final one.
+        data: None: see `Recipe.held_out`.
     """
 
     dialogues: Positive = 400
     every: Natural = 0
     quick_dialogues: Positive = 128
     batch_size: Positive = 64
-    data: DigitsConfig = DigitsConfig()
+    data: Data | None = None
+
+
+class Wording(Config):
+    """How the language model's tokenizer writes a dialogue; see `Processor.from_transformers`.
+
+    Attributes:
+        chat_template: in place of its folder's: Jinja text, or the name of one that pyvlm ships.
+        image_token, image_start, image_end: what stands for an image, and around it.
+        image_words: ordinary words before each image, {n} its number: "Image {n}: ".
+    """
+
+    chat_template: str | None = None
+    image_token: str = "<image>"
+    image_start: str | None = None
+    image_end: str | None = None
+    image_words: str | None = None
+
+    def processor(
+        self, folder: str, image: ImageConfig, tokens_per_image: int, tiling: TilingConfig | None = None
+    ) -> Processor:
+        """The processor of a language model's folder."""
+        return Processor.from_transformers(
+            folder, image, tokens_per_image, tiling=tiling, **self.model_dump()
+        )
 
 
 class Recipe(Config):
@@ -132,6 +165,7 @@ class Recipe(Config):
     Attributes:
         summary: what makes the system itself, in a line.
         tokenizer: "words" of the bundled dialogues, or that of the "language" model's folder.
+        wording: of the language model's tokenizer.
         gradient_checkpointing: compute the layers' activations again in the backward pass, to save memory.
         checkpoint_every: steps between checkpoints; a stage's last step has one in any case.
         keep_stages: keep the model at the end of each stage, as `stages/NAME/`.
@@ -143,6 +177,7 @@ class Recipe(Config):
     name: str
     summary: str = ""
     tokenizer: Literal["words", "language"] = "words"
+    wording: Wording = Wording()
     seed: Natural = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     model: VLMConfig
@@ -162,15 +197,28 @@ class Recipe(Config):
         stages = given.get("stages") if isinstance(given, Mapping) else None
         if not isinstance(model, Mapping) or not isinstance(model.get("language"), Mapping):
             return given  # the checks that follow say what is missing
-        if given.get("tokenizer", "words") != "words" or not isinstance(stages, Mapping):
-            return given
-        tokenizer = words_of(_source_of(stage) for stage in stages.values())
-        language = _with_defaults(model["language"], vocab_size=tokenizer.get_vocab_size())
-        model = _with_defaults(model, image_token_id=tokenizer.token_to_id("<image>"))
+        language = model["language"]
+        if given.get("tokenizer", "words") == "words" and isinstance(stages, Mapping):
+            tokenizer = words_of(_source_of(stage) for stage in stages.values())
+            language = _with_defaults(language, vocab_size=tokenizer.get_vocab_size())
+            model = _with_defaults(model, image_token_id=tokenizer.token_to_id("<image>"))
+        elif given.get("tokenizer") == "language" and language.get("pretrained") is not None:
+            wording = Wording.model_validate(given.get("wording") or {})
+            # The ids do not depend on the size of images.
+            processor = wording.processor(language["pretrained"], ImageConfig(size=1), tokens_per_image=1)
+            rows = max(processor.vocab_size, read_language(language["pretrained"]).vocab_size)
+            language = {**language, "vocab_size": rows}
+            model = {**model, "image_token_id": processor.image_token_id}
         return {**given, "model": {**model, "language": language}}
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> "Recipe":
+        reads_files = [name for name, stage in self.stages.items() if isinstance(stage.data, FilesConfig)]
+        if self.tokenizer == "words" and reads_files:
+            raise ValueError(
+                f"stage {reads_files[0]!r} reads files, and the tokenizer knows the words of the bundled "
+                "dialogues only: take that of the language model (tokenizer: language, --lm FOLDER)"
+            )
         if self.tokenizer == "words" and self.model.language.vocab_size != (words := self._words()):
             raise ValueError(
                 f"model.language.vocab_size is {self.model.language.vocab_size}, and the dialogues have "
@@ -185,10 +233,49 @@ class Recipe(Config):
         Raises:
             ValueError: a stage counts epochs, and its steps depend on its data.
         """
-        return sum(stage.count_steps(None) for stage in self.stages.values())
+        return sum(stage.count_steps() for stage in self.stages.values())
+
+    @property
+    def held_out(self) -> Data:
+        """What is held out: the evaluation's own data, else the last stage's, if bundled, undistorted.
+
+        Raises:
+            ValueError: the last stage reads files, and the evaluation has no data of its own.
+        """
+        if self.evaluation.data is not None:
+            return self.evaluation.data
+        last = list(self.stages.values())[-1].data
+        if isinstance(last, FilesConfig):
+            raise ValueError("evaluation.data is missing: name the files that are held out")
+        return last.model_copy(update={"augment": 0.0}) if isinstance(last, DigitsConfig) else last
+
+    def bundled_held_out(self) -> Bundled:
+        """The same where its answers are known words.
+
+        Raises:
+            ValueError: it is files.
+        """
+        held_out = self.held_out
+        if isinstance(held_out, FilesConfig):
+            raise ValueError("accuracy is measured on bundled dialogues, and evaluation.data names files")
+        return held_out
 
     def processor(self) -> Processor:
-        """The tokenizer and the image preprocessing of this recipe."""
+        """The tokenizer and the image preprocessing of this recipe.
+
+        Raises:
+            ValueError: the tokenizer is the language model's, and its folder is not given or holds none.
+        """
+        model = self.model
+        if self.tokenizer == "language":
+            if model.language.pretrained is None:
+                raise ValueError(
+                    f"recipe {self.name} takes the language model's tokenizer: give its folder with --lm, or "
+                    "take the variant tiny"
+                )
+            return self.wording.processor(
+                model.language.pretrained, model.image, model.tokens_per_image, model.tiling
+            )
         return Processor(
             words_of(stage.data.source for stage in self.stages.values()),
             ProcessorConfig(

@@ -1,11 +1,12 @@
 """A recipe in words: `pyvlm recipes` and `pyvlm recipes show`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import torch
 import yaml
 
-from pyvlm.models.vlm import VLM
+from pyvlm.models.config import VLMConfig
+from pyvlm.training.budget import stage_models
+from pyvlm.training.flops import skeleton
 from pyvlm.training.recipe import Recipe, Stage, load_recipe, shipped_recipes
 
 
@@ -28,9 +29,7 @@ def card(recipe: Recipe) -> str:
 
 
 def _lines(recipe: Recipe) -> Iterator[str]:
-    with torch.device("meta"):
-        parts = VLM(recipe.model).parts()
-    counts = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+    counts = _count(recipe.model, ())
     total = sum(counts.values())
     yield f"{recipe.name}: {recipe.summary}"
     yield f"{recipe.model.tokens_per_image} tokens an image, attention {recipe.model.language.attention_rule}"
@@ -42,12 +41,22 @@ def _lines(recipe: Recipe) -> Iterator[str]:
     yield f"{'all':<16}{total:>16,}"
     yield ""
     yield f"{'stage':<12}{'steps':>10}{'batch':>8}{'trainable':>16}{'of all':>8}  parts and learning rates"
-    for name, stage in recipe.stages.items():
+    for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True):
+        counts = _count(model, stage.finer)
+        total = sum(counts.values())
         trainable = sum(counts.get(part, 0) for part in stage.train)
         rates = ", ".join(f"{part} {stage.rate_of(part):g}" for part in stage.train)
         size = f"{trainable:>16,}{trainable / total:>8.1%}"
         yield f"{name:<12}{_length(stage):>10}{stage.batch_size:>8}{size}  {rates}"
 
 
+def _count(config: VLMConfig, finer: Sequence[str]) -> dict[str, int]:
+    parts = skeleton(config).parts(finer)
+    return {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+
+
 def _length(stage: Stage) -> str:
-    return f"{stage.steps:,}"
+    try:
+        return f"{stage.count_steps():,}"
+    except ValueError:
+        return f"{stage.epochs:g} epochs"

@@ -6,8 +6,8 @@ from pyvlm.data.readers import RecordFile, is_data
 from pyvlm.data.source import Messages
 from pyvlm.models.config import ImageConfig
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.digits import DigitDialogues
 from pyvlm.training.pictures import read_strokes
 from pyvlm.training.recipe import load_recipe
 
@@ -26,7 +26,7 @@ def read_samples(source: str, processor: Processor, limit: int) -> Iterator[Samp
         yield from _read_file(source, processor, limit)
         return
     recipe = load_recipe(source)
-    dialogues = DigitDialogues("test", recipe.evaluation.data, recipe.seed)
+    dialogues = bundled_dialogues("test", recipe.bundled_held_out(), recipe.seed)
     for index in range(limit):
         yield processor.encode(dialogue_messages(dialogues.batch(0, [index])[0]))
 

@@ -3,14 +3,34 @@
 Like `pyvlm.data.source.Source`, everything here is a pure function of seed, step and index.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Protocol
 
+from pydantic import Discriminator, Tag
+
+from pyvlm.data.files import FilesConfig, FilesSource
 from pyvlm.data.source import Messages, Source
 from pyvlm.models.processor import Processor, Sample
-from pyvlm.training.bundled import Bundled, Dialogues, bundled_dialogues
+from pyvlm.training.bundled import Dialogues, bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.digits import Split
+from pyvlm.training.dialogue import Split
+from pyvlm.training.digits import DigitsConfig
+from pyvlm.training.photos import PhotosConfig
+
+
+def _kind(given: Any) -> str:
+    """The `source` of a configuration or of what it is made from; digits where it is left out."""
+    return str(given.get("source", "digits") if isinstance(given, Mapping) else given.source)
+
+
+# The `data` of a stage.
+Data = Annotated[
+    Annotated[DigitsConfig, Tag("digits")]
+    | Annotated[PhotosConfig, Tag("photos")]
+    | Annotated[FilesConfig, Tag("files")],
+    Discriminator(_kind),
+]
 
 
 class SampleSource(Protocol):
@@ -60,13 +80,14 @@ class DialogueSource:
 
 
 def make_source(
-    data: Bundled,
+    data: Data,
     split: Split,
     seed: int,
     processor: Processor,
     *,
     batch_size: int,
     first_step: int = 0,
+    tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
 ) -> SampleSource:
     """The samples that a `data` entry describes.
 
@@ -77,8 +98,11 @@ def make_source(
         processor: encodes conversations.
         batch_size: samples a step, for sources that plan whole epochs.
         first_step: steps of the stages before, for sources without end.
+        tell: is told of records that are left out.
 
     Raises:
         ValueError: the data cannot be read; the message says what is wrong with them.
     """
+    if isinstance(data, FilesConfig):
+        return FilesSource(data, processor, seed, batch_size, tell)
     return Encoded(DialogueSource(bundled_dialogues(split, data, seed), first_step), processor)

@@ -11,6 +11,7 @@ import errno
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,12 @@ class Trainer:
         self.recipe, self.run, self.accelerator, self.after_step = recipe, run, accelerator, after_step
         self.processor = recipe.processor()
         # All data are opened before anything is trained: what is wrong with them is told now.
-        self.sources, self.plan = open_sources(recipe, self.processor, accelerator.num_processes)
+        self.sources, self.plan = open_sources(
+            recipe,
+            self.processor,
+            accelerator.num_processes,
+            accelerator.print if run.main else lambda line: None,
+        )
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
         self.optimizer_state = restored.optimizer if restored else None
@@ -254,7 +260,7 @@ class Trainer:
         """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
         if self.run.main:
             with self.accelerator.autocast():
-                look = look_at_held_out(self.model, self.processor, self.recipe.evaluation, self.recipe.seed)
+                look = look_at_held_out(self.model, self.processor, self.recipe)
             if look.beats(self.best):
                 save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
                 self.best = look
@@ -263,7 +269,10 @@ class Trainer:
 
 
 def open_sources(
-    recipe: Recipe, processor: Processor, processes: int = 1
+    recipe: Recipe,
+    processor: Processor,
+    processes: int = 1,
+    tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
 ) -> tuple[list[SampleSource], list[StagePlan]]:
     """The data of every stage, and how much there is to do.
 
@@ -287,6 +296,7 @@ def open_sources(
                 processor,
                 batch_size=stage.batch_size,
                 first_step=sum(earlier.steps for earlier in plan),
+                tell=tell,
             )
             plan.append(StagePlan(name, stage.count_steps(source.epoch_size), stage.batch_size))
         except ValueError as error:
