@@ -5,14 +5,25 @@ so that `pyvlm --help` is quick.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from pyvlm.commands import (
+    run_ablate,
+    run_budget,
+    run_chat,
+    run_data_check,
+    run_data_show,
+    run_demo,
+    run_env,
+    run_eval,
+    run_moe_report,
+    run_recipes,
+    run_show,
+    run_train,
+)
 
 DEMO_FOLDER = "runs/demo"
 GOES_ON = "; the same command goes on from the last checkpoint"
@@ -60,18 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo, after_interrupt=GOES_ON)
 
     train = commands.add_parser("train", help="train a recipe, from its last checkpoint where there is one")
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    variant = train.add_mutually_exclusive_group()
-    variant.add_argument("--variant", help="an entry of the recipe's variants")
-    variant.add_argument(
-        "--tiny",
-        dest="variant",
-        action="store_const",
-        const="tiny",
-        help="its variant tiny: small random parts, bundled data, minutes on two cores",
-    )
-    _add_paths(train)
-    train.add_argument("--seed", type=_natural, help="in place of the recipe's")
+    _add_recipe(train)
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
     train.set_defaults(run=run_train, after_interrupt=GOES_ON)
 
@@ -80,9 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = recipes.add_subparsers(metavar="show").add_parser(
         "show", help="resolved configuration, stages, parameters"
     )
-    show.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    show.add_argument("--variant", help="an entry of the recipe's variants, such as tiny")
-    _add_paths(show)
+    _add_recipe(show)
     show.set_defaults(run=run_show)
 
     evaluate = commands.add_parser("eval", help="how many questions a model answers right, by their kind")
@@ -131,8 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_commands(commands.add_parser("data", help="look at training data: one record, or a whole file"))
 
     budget = commands.add_parser("budget", help="parameters, FLOPs, memory and hours of a recipe, untrained")
-    budget.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    budget.add_argument("--variant", help="an entry of the recipe's variants")
+    _add_recipe(budget)
     budget.add_argument(
         "--batch", type=_positive, default=1, help="rows of the forward pass shown (default 1)"
     )
@@ -146,8 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.set_defaults(run=run_budget)
 
     ablate = commands.add_parser("ablate", help="train variants of a recipe at equal compute, several seeds")
-    ablate.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    ablate.add_argument("--variant", help="an entry of the recipe's variants")
+    _add_recipe(ablate)
     ablate.add_argument(
         "--vary",
         action="append",
@@ -187,217 +183,18 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     check.set_defaults(run=run_data_check)
 
 
-def run_demo(options: argparse.Namespace) -> None:
-    from pyvlm.training import demo
-    from pyvlm.training.recipe import load_recipe
-
-    recipe = load_recipe("demo", "quick" if options.quick else None, seed=options.seed)
-    demo.run_demo(recipe, options.out)
-
-
-def run_train(options: argparse.Namespace) -> None:
-    from pyvlm.training.recipe import load_recipe
-    from pyvlm.training.trainer import train
-
-    overrides = {} if options.seed is None else {"seed": options.seed}
-    recipe = load_recipe(options.recipe, options.variant, **_paths(options), **overrides)
-    out = options.out or Path("runs") / recipe.name
-    train(recipe, out)
-    print(f"model: {out / 'model'}")
-
-
-def run_recipes(options: argparse.Namespace) -> None:
-    from pyvlm.training.recipe_card import list_recipes
-
-    print(list_recipes())
-
-
-def run_show(options: argparse.Namespace) -> None:
-    from pyvlm.training.recipe import load_recipe
-    from pyvlm.training.recipe_card import show_recipe
-
-    print(show_recipe(load_recipe(options.recipe, options.variant, **_paths(options))))
-
-
-def run_eval(options: argparse.Namespace) -> None:
-    from pyvlm.training.chat import load_model
-
-    _check_folders(options.json, options.predictions)
-    if options.data is not None and (options.dialogues or options.seed is not None):
-        raise ValueError("--dialogues and --seed are of held-out digits: leave them out, or DATA")
-    model, processor = load_model(options.model, options.device)
-    evaluate = _eval_digits if options.data is None else _eval_file
-    results = evaluate(options, model, processor)
-    if options.json is not None:
-        about = {"model": str(options.model), "data": str(options.data or "held-out digits")}
-        options.json.write_text(json.dumps(about | results, indent=2, ensure_ascii=False) + "\n")
-
-
-def _eval_digits(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
-    from pyvlm.training.demo import format_table
-    from pyvlm.training.digits import DigitDialogues, DigitsConfig
-    from pyvlm.training.evaluate import accuracy_table, commonest_answers, evaluate
-
-    if processor.config.image.channels != 1:
-        raise ValueError(f"{options.model} was not trained on digits: give DATA, a file of questions")
-    data, seed = DigitsConfig(), options.seed or 0
-    dialogues = DigitDialogues("test", data, seed).batch(0, range(options.dialogues or 400))
-    table = accuracy_table(evaluate(model, processor, dialogues), commonest_answers(data, seed))
-    print(format_table(table))
-    return {"results": table}
-
-
-def _eval_file(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
-    from pyvlm.training.vqa import Skipped, read_questions
-    from pyvlm.training.vqa_evaluation import answer_questions, format_rows, keep_predictions, summarize
-
-    skipped = Skipped(_tell, options.strict)
-    settings = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "instruction")}
-    questions = list(islice(read_questions(options.data, skipped), options.limit))
-    predictions = answer_questions(model, processor, questions, skipped, **settings)
-    kept = keep_predictions(predictions, options.predictions)
-    if skipped.counts:
-        _tell(skipped.summary())
-    rows = summarize(kept)
-    print(format_rows(rows))
-    return {"settings": settings, "skipped": dict(skipped.counts), "results": rows}
-
-
-def run_chat(options: argparse.Namespace) -> None:
-    from pyvlm.training.chat import Chat, load_model
-    from pyvlm.training.chat_session import ChatSession, complete_with_tab
-    from pyvlm.training.replies import Sampling
-
-    model, processor = load_model(options.model, options.device)
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    chat = Chat(model, processor, options.image, _tell, sampling, options.system)
-    interactive = options.question is None and sys.stdin.isatty()
-    session = ChatSession(chat, input if interactive else lambda _: input(), _write, _tell, interactive)
-    if options.question is not None:
-        session.answer(options.question)
-        return
-    if interactive:
-        complete_with_tab(session)
-        _tell("ask away; /image PATH shows a picture, /help tells the rest, Ctrl-D ends")
-    session.run()
-
-
-def run_moe_report(options: argparse.Namespace) -> None:
-    from pyvlm.training.chat import load_model
-    from pyvlm.training.moe_chart import write_png
-    from pyvlm.training.moe_report import format_report, report_experts, write_json
-    from pyvlm.training.samples import read_samples
-
-    _check_folders(options.json, options.png)
-    model, processor = load_model(options.model)
-    report = report_experts(model, processor, read_samples(options.data, processor, options.dialogues))
-    print(format_report(report, options.top))
-    if options.json is not None:
-        write_json(options.json, report)
-    if options.png is not None:
-        write_png(options.png, report, options.top)
-
-
-def run_data_show(options: argparse.Namespace) -> None:
-    from pyvlm.data import show
-    from pyvlm.data.packing import encode
-    from pyvlm.data.readers import RecordFile
-
-    chosen = _processor_of(options)
-    if chosen is None and (options.max_length or options.png):
-        raise ValueError("tokens and masks are a model's: give --model FOLDER or --recipe RECIPE")
-    file = RecordFile(options.data, options.images)
-    record = file.read(options.index)
-    print(show.format_conversation(record))
-    if chosen is None:
-        print("\ngive --model FOLDER or --recipe RECIPE to see its tokens, labels and mask")
-        return
-    processor, config = chosen
-    sample = encode(processor, record.messages, options.max_length)
-    layout = show.sample_layout(sample, config)
-    print(f"\n{show.format_sample(sample, layout, config, processor)}")
-    if options.png is not None:
-        show.save_mask(show.spans_of(layout, config), options.png)
-
-
-def run_data_check(options: argparse.Namespace) -> None:
-    from pyvlm.data.packing import measure
-    from pyvlm.data.readers import RecordFile
-    from pyvlm.data.scan import scan
-    from pyvlm.data.show import count_words, format_scan
-
-    chosen = _processor_of(options)
-    if chosen is None and options.max_length:
-        raise ValueError("tokens are a model's: give --model FOLDER or --recipe RECIPE")
-    file = RecordFile(options.data, options.images)
-    length = count_words if chosen is None else partial(measure, chosen[0], max_length=options.max_length)
-    found = scan(file, length, decode=options.decode)
-    print(format_scan(found, "words" if chosen is None else "tokens"))
-    if options.strict and found.report.skipped:
-        raise ValueError(f"{options.data}: {found.report.skipped:,} of {len(file):,} records are bad")
-
-
-def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
-    """The processor and the configuration of --model or --recipe; None without either."""
-    if options.recipe is not None:
-        from pyvlm.training.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe)
-        return recipe.processor(), recipe.model
-    if options.model is None:
-        return None
-    from pyvlm.models.checkpoint import CONFIG, read_config
-    from pyvlm.models.config import VLMConfig
-    from pyvlm.models.processor import Processor
-
-    finished = options.model / "model"  # of a run folder
-    folder = finished if (finished / CONFIG).exists() else options.model
-    return Processor.from_pretrained(folder), read_config(folder / CONFIG, VLMConfig)
-
-
-def run_budget(options: argparse.Namespace) -> None:
-    from pyvlm.training.budget import make_budget, write_json
-    from pyvlm.training.budget_table import format_budget
-    from pyvlm.training.recipe import load_recipe
-
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ValueError(f"{options.json}: there is no folder {options.json.parent} to write it into")
-    budget = make_budget(
-        load_recipe(options.recipe, options.variant),
-        options.batch,
-        options.length,
-        options.images,
-        options.flops_per_second,
-        options.price_per_hour,
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe that a command is about, and what of it is to be another."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    variant = parser.add_mutually_exclusive_group()
+    variant.add_argument("--variant", help="an entry of the recipe's variants")
+    variant.add_argument(
+        "--tiny",
+        dest="variant",
+        action="store_const",
+        const="tiny",
+        help="its variant tiny: small random parts, bundled data, seconds on two cores",
     )
-    print(format_budget(budget))
-    if options.json is not None:
-        write_json(options.json, budget)
-
-
-def run_ablate(options: argparse.Namespace) -> None:
-    from pyvlm.training.ablate import ablate
-    from pyvlm.training.ablation_plan import parse_vary
-    from pyvlm.training.recipe import load_recipe
-
-    ablate(
-        load_recipe(options.recipe, options.variant),
-        parse_vary(options.vary),
-        options.out,
-        budget=options.budget,
-        seeds=options.seeds,
-        looks=options.looks,
-    )
-    print(f"results: {options.out / 'results.md'}")
-
-
-def run_env(options: argparse.Namespace) -> None:
-    from pyvlm._build_info import build_info
-
-    print("\n".join(_outline(build_info())))
-
-
-def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lm", metavar="FOLDER", help="of transformers: what the language model starts from")
     parser.add_argument(
         "--vision",
@@ -413,37 +210,14 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="conversations to learn from; once a stage, or for all stages",
     )
-
-
-def _paths(options: argparse.Namespace) -> dict[str, Any]:
-    return {"language": options.lm, "vision": options.vision, "data": options.data}
-
-
-def _check_folders(*paths: Path | None) -> None:
-    """Before the work begins, and not when its results are to be written."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
-
-
-def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
-
-
-def _tell(line: str) -> None:
-    print(f"pyvlm: {line}", file=sys.stderr)
-
-
-def _outline(content: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
-    """Nested facts as indented lines, values in one column."""
-    for key, value in content.items():
-        indented = "  " * depth + str(key)
-        if isinstance(value, Mapping):
-            yield indented
-            yield from _outline(value, depth + 1)
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            yield f"{indented:<24} {'none' if shown in (None, '') else shown}"
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="any key of the recipe, as in stages.align.batch_size=64",
+    )
+    parser.add_argument("--seed", type=_natural, help="in place of the recipe's")
 
 
 def _natural(text: str) -> int:

@@ -1,5 +1,10 @@
 """Fixtures of the whole suite: fixed seeds, poisoned memory for the kernels, the conformance folder."""
 
+import os
+
+# Several workers share the cores: threads that wait must not spin. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import random
 from collections.abc import Iterator
 from pathlib import Path

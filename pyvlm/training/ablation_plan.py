@@ -21,6 +21,7 @@ from pyvlm.training.budget import stage_models, stage_workloads, step_cost
 from pyvlm.training.explain import explain
 from pyvlm.training.flops import StepCosts, skeleton, total
 from pyvlm.training.recipe import Recipe
+from pyvlm.training.recipe_paths import set_path
 
 SHORTHANDS = {
     "connector": "model.connector",
@@ -139,29 +140,11 @@ def _change(base: Recipe, choices: Mapping[str, Any], name: str) -> Recipe:
                 content["model"]["fusion"] = {}  # it fuses the towers' maps itself
         if key == "tower":
             value = _towers(value, content["model"]["vision_towers"])
-        _set(content, SHORTHANDS.get(key, key), value)
+        set_path(content, SHORTHANDS.get(key, key), value, "--vary")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"variant {name} is not a valid recipe: {explain(error, Recipe)}") from error
-
-
-def _set(content: Any, path: str, value: Any) -> None:
-    """Puts a value at a dotted path; a number is an index into a list."""
-    *parents, last = path.split(".")
-    node, where = content, []
-    for step in [*parents, last]:
-        where.append(step)
-        known = isinstance(node, dict) or (
-            isinstance(node, list) and step.isdecimal() and int(step) < len(node)
-        )
-        if not known:
-            raise ValueError(f"--vary {path}: there is no {'.'.join(where)} in the recipe")
-        if len(where) <= len(parents):
-            if isinstance(node, dict) and not isinstance(node.get(step), dict | list):
-                node[step] = {}  # of what was not given, as null; the recipe's checks say what it lacks
-            node = node[int(step) if isinstance(node, list) else step]
-    node[int(last) if isinstance(node, list) else last] = value
 
 
 def connector_preset(name: Any, model: VLMConfig) -> Any:

@@ -192,7 +192,7 @@ class Walk:
                 part, rows = self.kind_of(path)
                 self.product(part, rows, module.weight)
                 self.save_around(path, part, rows, module)
-            elif path.endswith("_norm"):
+            elif path.endswith("_norm") and not isinstance(module, nn.Identity):
                 self.norm("mlp" if path.startswith("mlp") else "projections", module)
             self.needs_grad |= any(p.requires_grad for p in module.parameters(recurse=False))
         self.saved_by_layer.append(total(self.costs.values()).saved - saved_before)

@@ -20,7 +20,7 @@ from pyvlm.models.tower_config import ImageConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
-from pyvlm.training.recipe_paths import with_paths
+from pyvlm.training.recipe_paths import with_paths, with_settings
 from pyvlm.training.sources import Data
 
 Positive = Annotated[int, Field(gt=0)]
@@ -307,6 +307,7 @@ def load_recipe(
     language: str | None = None,
     vision: Sequence[str] = (),
     data: Sequence[str] = (),
+    settings: Sequence[str] = (),
     **overrides: Any,
 ) -> Recipe:
     """Reads a recipe.
@@ -318,6 +319,7 @@ def load_recipe(
         vision: folders of transformers that the vision towers start from: "NAME=FOLDER", or "FOLDER" for all
             towers of transformers that are not named.
         data: what the stages learn from: "STAGE=PATH", or "PATH" for all stages that are not named.
+        settings: "KEY=VALUE", a dotted path into the recipe and what to put there, as YAML.
         overrides: replace keys at the top, after the variant's.
 
     Raises:
@@ -336,7 +338,7 @@ def load_recipe(
         if variant not in variants:
             raise ValueError(f"{name} has no variant {variant!r}; it has {sorted(variants) or 'none'}")
         content = merge(content, variants[variant])
-    content = with_paths(content, language, vision, data)
+    content = with_settings(with_paths(content, language, vision, data), settings)
     try:
         return Recipe.model_validate({**content, **overrides})
     except ValidationError as error:

@@ -1,8 +1,11 @@
-"""What a recipe leaves to whoever runs it: where the checkpoints and the data lie."""
+"""What a recipe leaves to whoever runs it: where checkpoints and data lie, and any key to be another."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 # What a folder of an encoder says of itself, and better.
 OF_THE_FOLDER = ("encoder", "image_size", "mean", "std")
@@ -76,3 +79,48 @@ def _assign(option: str, what: str, names: Sequence[str], given: Sequence[str]) 
 
 def _starts(given: Sequence[str]) -> set[str]:
     return {entry.partition("=")[0] + "=" for entry in given if "=" in entry}
+
+
+def with_settings(content: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The content of a recipe with each "KEY=VALUE" set: a dotted path, and its value as YAML.
+
+    Raises:
+        ValueError: one is not of this form, or leads nowhere.
+    """
+    changed = copy.deepcopy(dict(content))
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as stages.align.batch_size=64")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {setting}: the value is not YAML ({error})") from error
+        *parents, _ = path.split(".")
+        if parents:
+            set_path(changed, path, value, "--set")
+        else:
+            changed[path] = value
+    return changed
+
+
+def set_path(content: Any, path: str, value: Any, option: str) -> None:
+    """Puts a value at a dotted path of a recipe's content; a number is an index into a list.
+
+    Raises:
+        ValueError: there is no such place; `option` is what to blame.
+    """
+    *parents, last = path.split(".")
+    node, where = content, []
+    for step in [*parents, last]:
+        where.append(step)
+        known = isinstance(node, dict) or (
+            isinstance(node, list) and step.isdecimal() and int(step) < len(node)
+        )
+        if not known:
+            raise ValueError(f"{option} {path}: there is no {'.'.join(where)} in the recipe")
+        if len(where) <= len(parents):
+            if isinstance(node, dict) and not isinstance(node.get(step), dict | list):
+                node[step] = {}  # of what was not given, as null; the recipe's checks say what it lacks
+            node = node[int(step) if isinstance(node, list) else step]
+    node[int(last) if isinstance(node, list) else last] = value

@@ -98,7 +98,11 @@ def test_flops_are_those_of_the_budget(small_recipe):
     [
         ({"mask": ["casual"]}, None, "variant mask=casual is not a valid recipe.*attention_rule 'casual'"),
         ({"tower": ["sam"]}, None, "no tower 'sam'; it has vit, conv"),
-        ({"stages.none.lr": [1]}, None, "variant stages.none.lr=1 is not a valid recipe: stages.none.steps"),
+        (
+            {"stages.none.lr": [1]},
+            None,
+            "is not a valid recipe: stages.none.batch_size",
+        ),
         ({"model.colour": [1]}, None, "model.colour is unknown"),
         ({"model.vision_towers.7.levels": [[0]]}, None, "there is no model.vision_towers.7 in the recipe"),
         ({"mask": ["causal"]}, 10.0, "a budget of 10 FLOPs is less than one step of each stage"),

@@ -17,9 +17,12 @@ def write_recipe(tmp_path, small_recipe):
     return write
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_load_in_every_variant(name):
-    recipe = load_recipe(name)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, None if name == "demo" else "tiny") for name in shipped_recipes()],
+)
+def test_recipes_of_bundled_data_fit_their_words(name, variant):
+    recipe = load_recipe(name, variant)
     assert recipe.total_steps > 0
     assert recipe.model.language.vocab_size == recipe.processor().vocab_size
     assert recipe.model.image_token_id == recipe.processor().image_token_id
