@@ -15,7 +15,7 @@ demo: build
 	$(BIN)/pyvlm demo
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: build
 	$(BIN)/python -m benchmarks
