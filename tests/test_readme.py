@@ -41,7 +41,8 @@ def run_command(command: str) -> None:
     if program == "make":
         assert arguments[0] in TARGETS
     elif program == "pyvlm":
-        assert cli.main([*arguments, *QUICK_FORM.get(arguments[0], [])]) == 0
+        quick = [] if "--tiny" in arguments or "talk.jsonl" in arguments else QUICK_FORM.get(arguments[0], [])
+        assert cli.main([*arguments, *quick]) == 0
     elif (program, *arguments[:2]) == ("python", "-m", "benchmarks"):
         assert benchmarks.__main__.main([*arguments[2:], "--quick"]) == 0
     elif program == "pytest":
