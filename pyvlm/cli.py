@@ -6,6 +6,7 @@ so that `pyvlm --help` is quick.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"pyvlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"\npyvlm: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130

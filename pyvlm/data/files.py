@@ -148,6 +148,11 @@ class FilesSource:
         batch_size: int,
         tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
     ) -> None:
+        if config.image_words is not None and processor.config.image_words is not None:
+            raise ValueError(
+                f"image_words are given twice: {config.image_words!r} of the data and "
+                f"{processor.config.image_words!r} of the model; leave out one"
+            )
         self.config, self.processor, self.seed, self.batch_size = config, processor, seed, batch_size
         self.files = [RecordFile(file.path, file.images, config.format) for file in config.files]
         self.weights = [file.weight for file in config.files]

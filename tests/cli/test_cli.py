@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -215,3 +216,9 @@ def test_bad_arguments_show_the_usage(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: pyvlm" in capsys.readouterr().err
+
+
+def test_output_may_be_cut_off():
+    command = f"{sys.executable} -m pyvlm.cli recipes show demo | true"  # reads nothing and is gone
+    shell = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (shell.returncode, shell.stderr) == (0, "")

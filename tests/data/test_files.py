@@ -15,6 +15,7 @@ from pyvlm.data.files import DataFile, FilesConfig, FilesSource
 from pyvlm.data.records import images_of, parts_of
 from pyvlm.models import ImageConfig, Processor, ProcessorConfig, word_level_tokenizer
 from pyvlm.models.processor import IGNORED
+from pyvlm.training.recipe import load_recipe
 
 NAMES = [f"n{i}" for i in range(40)]
 
@@ -268,3 +269,12 @@ def test_configs_that_contradict_themselves(options, message) -> None:
 def test_each_file_may_have_its_own_folder_of_images() -> None:
     config = FilesConfig(path=["a.json", {"path": "b.json", "images": "there"}], images="here")
     assert [(file.path, file.images) for file in config.files] == [("a.json", "here"), ("b.json", "there")]
+
+
+def test_image_words_of_data_and_model_are_not_both_written(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    processor = load_recipe("demo").processor()
+    processor.config = processor.config.model_copy(update={"image_words": "image {n}: "})
+    with pytest.raises(ValueError, match="image_words are given twice"):
+        FilesSource(FilesConfig(path=str(data), image_words="Image {n}:"), processor, 0, 1)
