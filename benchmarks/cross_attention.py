@@ -131,6 +131,11 @@ def _rearranged(work: Workload) -> Function:
     return run
 
 
+def _compile(work: Workload) -> Function:
+    torch.compiler.reset()
+    return torch.compile(_eager(work))
+
+
 _reference: Callable[[Workload], Function] = partial(_op, "reference")
 
 OPERATION = Operation(
@@ -140,6 +145,7 @@ OPERATION = Operation(
     providers=(
         Provider("pyvlm", _pyvlm),
         Provider("eager", _eager),
+        Provider("compile", _compile),
         Provider("rearranged", _rearranged),
         Provider("reference", _reference),
     ),

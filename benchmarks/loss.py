@@ -75,6 +75,11 @@ def _logits(work: Workload) -> Function:
     return run
 
 
+def _compile(work: Workload) -> Function:
+    torch.compiler.reset()
+    return torch.compile(_logits(work))
+
+
 OPERATION = Operation(
     name="loss",
     workloads=workloads,
@@ -82,6 +87,7 @@ OPERATION = Operation(
     providers=(
         Provider("pyvlm", _pyvlm),
         Provider("logits", _logits),
+        Provider("compile", _compile),
         Provider("reference", _reference),
     ),
     reference=_reference,

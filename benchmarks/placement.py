@@ -117,6 +117,11 @@ def _transformers(work: Workload) -> Function:
     return {"pack": pack, "place": place, "add": add}[case.op]
 
 
+def _compile(work: Workload) -> Function:
+    torch.compiler.reset()
+    return torch.compile(_transformers(work))
+
+
 _reference: Callable[[Workload], Function] = partial(_placed, "reference")
 
 OPERATION = Operation(
@@ -127,6 +132,7 @@ OPERATION = Operation(
         Provider("pyvlm", _pyvlm),
         Provider("index map", _with_index_map),
         Provider("transformers", _transformers),
+        Provider("compile", _compile),
         Provider("index_copy", _reference),
     ),
     reference=_reference,
