@@ -177,6 +177,7 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         whose = parser.add_mutually_exclusive_group()
         whose.add_argument("--model", type=Path, metavar="FOLDER", help="tokens as this model takes them")
         whose.add_argument("--recipe", metavar="RECIPE", help="tokens as the model of this recipe takes them")
+        parser.add_argument("--stage", metavar="NAME", help="in its form, with images of its size")
         parser.add_argument("--images", metavar="FOLDER", help="that image paths are relative to")
         parser.add_argument("--max-length", type=_positive, metavar="N", help="cut to so many tokens")
     show.add_argument("--index", type=_natural, default=0, metavar="N", help="which record (default 0)")

@@ -163,7 +163,16 @@ def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
         from pyvlm.training.recipe import load_recipe
 
         recipe = load_recipe(options.recipe)
-        return recipe.processor(), recipe.model
+        if options.stage is None:
+            return recipe.processor(), recipe.model
+        if options.stage not in recipe.stages:
+            raise ValueError(
+                f"--stage {options.stage}: {recipe.name} has the stages {', '.join(recipe.stages)}"
+            )
+        form = recipe.stages[options.stage].form
+        return recipe.processor(options.stage).changed(form=form), recipe.model_in(options.stage)
+    if options.stage is not None:
+        raise ValueError("a stage is a recipe's: give --recipe RECIPE with --stage")
     if options.model is None:
         return None
     from pyvlm.models.checkpoint import CONFIG, read_config

@@ -30,7 +30,7 @@ from pyvlm.training.flops import (
     total,
 )
 from pyvlm.training.products import Cost
-from pyvlm.training.recipe import Recipe, Stage
+from pyvlm.training.recipe import Recipe
 
 BYTES = {"fp32": 4, "bf16": 2}
 ADAMW_MOMENTS = 2
@@ -170,8 +170,8 @@ def make_budget(
     source = "given" if rate is not None else f"2048³ matrix products in {recipe.precision}, measured here"
     rate = measure_rate(recipe.precision) if rate is None else rate
     stages = []
-    for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True):
-        steps, data = stage_workloads(recipe, stage, shape)
+    for name, model in zip(recipe.stages, stage_models(recipe), strict=True):
+        steps, data = stage_workloads(recipe, name, shape)
         stages.append(_budget_stage(recipe, model, name, steps, data, rate, price_per_hour))
     costs = StepCosts(config)
     language = config.language
@@ -269,26 +269,29 @@ def row_shape(config: VLMConfig, length: int | None, images: int | None) -> tupl
 
 
 def stage_workloads(
-    recipe: Recipe, stage: Stage, shape: tuple[int | None, int | None] | None = None
+    recipe: Recipe, name: str, shape: tuple[int | None, int | None] | None = None
 ) -> tuple[list[list[Workload]], str]:
     """The batches of some steps of a stage, and in words what they are.
 
     Args:
+        name: of the stage.
         shape: tokens and images a row, see `row_shape`; None: those of the stage's own data, where these come
             with pyvlm.
     """
+    stage, model = recipe.stages[name], recipe.model_in(name)
     size = stage.batch_size // stage.accumulation
     if shape is not None or isinstance(stage.data, FilesConfig):
-        length, images = row_shape(recipe.model, *(shape or (None, None)))
-        batches = [Workload.of_shape(recipe.model, size, length, images)] * stage.accumulation
+        length, images = row_shape(model, *(shape or (None, None)))
+        batches = [Workload.of_shape(model, size, length, images)] * stage.accumulation
         return [batches], f"rows of {length:,} tokens with {images} images"
-    processor, source = recipe.processor(), bundled_dialogues("train", stage.data, recipe.seed)
+    processor = recipe.processor(name).changed(form=stage.form)
+    source = bundled_dialogues("train", stage.data, recipe.seed)
     steps = []
     for number in range(DRAWN_STEPS):
         dialogues = source.batch(1 + stage.count_steps() * number // DRAWN_STEPS, range(stage.batch_size))
         samples = [processor.encode(dialogue_messages(dialogue)) for dialogue in dialogues]
         collated = [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        steps.append([Workload.of_batch(recipe.model, batch) for batch in collated])
+        steps.append([Workload.of_batch(model, batch) for batch in collated])
     return steps, f"{DRAWN_STEPS} steps of its own data"
 
 
@@ -302,11 +305,14 @@ def step_cost(costs: StepCosts, steps: Sequence[Sequence[Workload]]) -> dict[str
 
 
 def stage_models(recipe: Recipe) -> list[VLMConfig]:
-    """The model of each stage: MLPs that one stage makes experts of are experts in the next ones too."""
-    config, configs = recipe.model, []
-    for stage in recipe.stages.values():
+    """The model of each stage: MLPs that one stage makes experts of are experts in the next ones too, and
+    images keep the size that one stage gives them."""
+    language, configs = recipe.model.language, []
+    for name, stage in recipe.stages.items():
+        config = recipe.model_in(name).model_copy(update={"language": language})
         if stage.upcycle is not None:
             config = upcycle(skeleton(config), stage.upcycle, recipe.seed).config
+            language = config.language
         configs.append(config)
     return configs
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ def best_look(metrics: Sequence[Mapping[str, Any]]) -> Look | None:
     return best
 
 
-def look_at_held_out(model: VLM, processor: Processor, recipe: Recipe) -> Look:
+def look_at_held_out(model: VLM, processor: Processor, recipe: Recipe, cache: Path | None = None) -> Look:
     """The accuracy of first answers where the data are bundled dialogues, and else the loss.
 
-    The model is left in training mode.
+    Lengths of files are kept in the folder `cache`. The model is left in training mode.
     """
     settings, seed, data = recipe.evaluation, recipe.seed, recipe.held_out
     if not isinstance(data, FilesConfig):
@@ -52,7 +53,7 @@ def look_at_held_out(model: VLM, processor: Processor, recipe: Recipe) -> Look:
         dialogues = bundled_dialogues("test", data, seed).batch(0, range(settings.quick_dialogues))
         look = Look("held_out_accuracy", evaluate(model, processor, dialogues, settings.batch_size).accuracy)
     else:
-        source = make_source(data, "test", seed, processor, batch_size=settings.batch_size)
+        source = make_source(data, "test", seed, processor, batch_size=settings.batch_size, cache=cache)
         loss = held_out_loss(model, processor, source, settings.quick_dialogues, settings.batch_size)
         look = Look("held_out_loss", loss)
     model.train()

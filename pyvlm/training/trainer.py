@@ -14,6 +14,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from pyvlm.models.checkpoint import SafetensorError
 from pyvlm.models.config import MoEConfig
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
+from pyvlm.models.resolution import change_image_size
 from pyvlm.models.vlm import VLM
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
@@ -114,13 +116,16 @@ class Trainer:
         after_step: Callable[[int], None] | None,
     ) -> None:
         self.recipe, self.run, self.accelerator, self.after_step = recipe, run, accelerator, after_step
-        self.processor = recipe.processor()
+        # Of each stage, for dialogues about images of its size.
+        self.processors = stage_processors(recipe)
+        self.processor = self.processors[0]
         # All data are opened before anything is trained: what is wrong with them is told now.
         self.sources, self.plan = open_sources(
             recipe,
-            self.processor,
+            self.processors,
             accelerator.num_processes,
             accelerator.print if run.main else lambda line: None,
+            run.lengths,
         )
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
@@ -147,6 +152,9 @@ class Trainer:
         """The steps of a stage that are not done yet."""
         steps = self.plan[index].steps
         done = self.position.step if index == self.position.stage else 0
+        self.processor = self.processors[index]
+        if done == 0 and stage.image_size is not None:
+            self.model = change_image_size(self.model, stage.image_size)
         if done == 0 and stage.upcycle is not None:
             seed_everything(self.recipe.seed, self.position.total, 0)
             self.model = with_experts(self.model, stage.upcycle, self.recipe.seed)
@@ -260,7 +268,7 @@ class Trainer:
         """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
         if self.run.main:
             with self.accelerator.autocast():
-                look = look_at_held_out(self.model, self.processor, self.recipe)
+                look = look_at_held_out(self.model, self.processor, self.recipe, self.run.lengths)
             if look.beats(self.best):
                 save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
                 self.best = look
@@ -268,13 +276,21 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
+def stage_processors(recipe: Recipe) -> list[Processor]:
+    """The processor of each stage, for dialogues; a tokenizer is read once."""
+    first = recipe.processor()
+    models = [recipe.model_in(name) for name in recipe.stages]
+    return [first.changed(image=model.image, tokens_per_image=model.tokens_per_image) for model in models]
+
+
 def open_sources(
     recipe: Recipe,
-    processor: Processor,
+    processors: Sequence[Processor],
     processes: int = 1,
     tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
+    cache: Path | None = None,
 ) -> tuple[list[SampleSource], list[StagePlan]]:
-    """The data of every stage, and how much there is to do.
+    """The data of every stage, in its form, and how much there is to do.
 
     Raises:
         ValueError: data that cannot be read, epochs of data without end, or a batch that so many processes
@@ -282,7 +298,7 @@ def open_sources(
     """
     sources: list[SampleSource] = []
     plan: list[StagePlan] = []
-    for name, stage in recipe.stages.items():
+    for (name, stage), processor in zip(recipe.stages.items(), processors, strict=True):
         if stage.batch_size % (stage.accumulation * processes):
             raise ValueError(
                 f"stage {name!r}: batch_size {stage.batch_size} is no multiple of accumulation "
@@ -293,10 +309,11 @@ def open_sources(
                 stage.data,
                 "train",
                 recipe.seed,
-                processor,
+                processor.changed(form=stage.form),
                 batch_size=stage.batch_size,
                 first_step=sum(earlier.steps for earlier in plan),
                 tell=tell,
+                cache=cache,
             )
             plan.append(StagePlan(name, stage.count_steps(source.epoch_size), stage.batch_size))
         except ValueError as error:

@@ -69,7 +69,8 @@ def test_models_of_stages_and_the_best_are_kept_beside_the_final_one(tmp_path, s
     found = iter([0.5, 0.75, 0.75])
     seen = []
 
-    def look(model, processor, recipe):
+    def look(model, processor, recipe, cache):
+        assert cache == tmp_path / "lengths"
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return Look("held_out_accuracy", next(found))
 
