@@ -140,6 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--length", type=_positive, help="tokens a row; given, of the stages' batches too")
     budget.add_argument("--images", type=_natural, help="images a row (default 1); the same holds")
     budget.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="HEIGHTxWIDTH",
+        help="of a model with tiling, what images are taken to be (default 480x640)",
+    )
+    budget.add_argument(
         "--flops-per-second", type=_rate, metavar="RATE", help="such as 4e14 (default: measured here)"
     )
     budget.add_argument("--price-per-hour", type=_rate, metavar="PRICE", help="of a machine of that rate")
@@ -241,6 +247,13 @@ def _rate(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"expected height x width in pixels, such as 480x640, got {text!r}")
+    return int(height), int(width)
 
 
 def _at_least(text: str, least: int) -> int:

@@ -197,6 +197,7 @@ def run_budget(options: argparse.Namespace) -> None:
         options.images,
         options.flops_per_second,
         options.price_per_hour,
+        options.image_size,
     )
     print(format_budget(budget))
     if options.json is not None:

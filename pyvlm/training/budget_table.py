@@ -26,8 +26,14 @@ def format_budget(budget: Budget) -> str:
     head = (
         f"{budget.name}: {human(budget.total_parameters)} parameters, {budget.precision}; a batch of "
         f"{budget.batch} x {budget.length:,} tokens with {budget.images} images each, "
-        f"{budget.tokens_per_image} tokens an image"
+        f"{budget.tokens_per_image:,} tokens an image"
     )
+    if budget.image_size is not None:
+        height, width = budget.image_size
+        head += (
+            f"\nevery image is taken to be {height} pixels high and {width} wide, which makes "
+            f"{budget.maps_per_image} maps of it, its base view and its tiles (--image-size)"
+        )
     sections = [head, _parameters(budget), _forward(budget), _memory(budget), _stages(budget), LEGEND]
     return "\n\n".join(sections)
 
