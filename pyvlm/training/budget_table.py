@@ -13,8 +13,8 @@ FLOPs: matrix products and convolutions only; a multiply-add is two. Attention: 
   less. Gradient checkpointing is not in the FLOPs of a stage.
 Bytes: weights, inputs and outputs of these products, read or written once each; the rest taken as fused.
 Memory: gradients and AdamW's two moments for what learns. The bf16 figures are for all of it in bf16;
-  precision bf16 in a recipe is autocast, which keeps all of it in fp32. Every expert takes memory, however
-  few of them a token activates.
+  precision bf16 in a recipe is autocast, which keeps all of it in fp32 but the linear layers that are frozen
+  and came in bf16. Every expert takes memory, however few of them a token activates.
 Activations: of one batch, what PyTorch keeps for backward with fused attention; buffers of kernels, of the
   head and of communication come on top, and towers of type vit count their attention scores.
 Hours: at the full rate of matrix products, which no training reaches: divide by the utilisation you expect.

@@ -36,6 +36,7 @@ from pyvlm.training.environment import describe_start
 from pyvlm.training.heldout import best_look, look_at_held_out
 from pyvlm.training.logs import StagePlan, TrainingLog
 from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
+from pyvlm.training.precision import hold_frozen
 from pyvlm.training.profiling import NoProfile, Profile, StepProfile
 from pyvlm.training.recipe import Recipe, Stage
 from pyvlm.training.runfolder import RunFolder
@@ -147,6 +148,7 @@ class Trainer:
                     self.run_stage(index, stage)
             self.log.draw()
         self.unwrap()
+        hold_frozen(self.model, None)
 
     def run_stage(self, index: int, stage: Stage) -> None:
         """The steps of a stage that are not done yet."""
@@ -183,6 +185,7 @@ class Trainer:
         self.model.to(self.accelerator.device)
         checkpoint_layers(self.model, self.recipe.gradient_checkpointing)
         made = make_optimizer(self.model, stage)
+        hold_frozen(self.model, torch.bfloat16 if self.recipe.precision == "bf16" else None)
         self.forward = self.accelerator.prepare_model(self.model)
         optimizer = self.accelerator.prepare_optimizer(made)
         if resumes:
