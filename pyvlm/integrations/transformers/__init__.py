@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from pyvlm.integrations.transformers import attention
+from pyvlm.integrations.transformers import attention, rules
 from pyvlm.integrations.transformers.changes import Change, Report
 
 __all__ = ["Change", "Report", "accelerate", "register", "restore"]
@@ -43,9 +43,12 @@ def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool
         ValueError: the attention rule is unknown, or the model cannot follow it.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module, as from_pretrained gives")
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a torch.nn.Module, as from_pretrained gives"
+        )
     restore(model)
-    changes = attention.apply(model)
+    changes = [] if attention_rule is None else rules.apply(model, attention_rule)
+    changes += attention.apply(model)
     _changes[model] = changes
     made = Report(type(model).__name__, changes)
     if report:

@@ -31,9 +31,20 @@ from pyvlm.ops.attention import span_attention
 NAME, PACKED_NAME = "pyvlm", "pyvlm_flash"
 KERNEL = "pyvlm.ops.span_attention"
 # Model types whose every mask, cache and packed form is tested against their own eager attention.
-SUPPORTED = frozenset()
+SUPPORTED = frozenset(
+    """
+    clip_vision_model siglip_vision_model siglip dinov2 pixtral internvl_vision idefics3_vision smolvlm_vision
+    qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision llama4_vision_model molmo2_vision
+    molmo2_adapter
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text mixtral qwen3_moe
+    qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text llama4_text molmo2_text
+    """.split()
+)
 # Vision encoders that call attention once a window unless the implementation's name says flash.
-PACKED = frozenset()
+PACKED = frozenset("qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision".split())
+
+
+RULE_NAMES = {f"{NAME}_{rule}": rule for rule in RULES}
 
 
 def rule_name(rule: str) -> str:
@@ -45,7 +56,7 @@ def register() -> None:
     """Makes pyvlm's implementations known to transformers: attention and mask, for without a mask function the
     mask would silently be None."""
     names: dict[str, Callable[..., Any]] = {NAME: _attention, PACKED_NAME: _attention}
-    names |= {rule_name(rule): _rule_attention(rule) for rule in RULES}
+    names |= {name: _rule_attention(rule) for name, rule in RULE_NAMES.items()}
     for name, function in names.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, spans_mask)
@@ -58,7 +69,7 @@ def apply(model: nn.Module) -> list[Change]:
         if not isinstance(module, PreTrainedModel) or id(module.config) in seen:
             continue
         seen.add(id(module.config))
-        if not _has_attention_of_its_own(module):
+        if not _has_attention_of_its_own(module) or module.config._attn_implementation in RULE_NAMES:
             continue
         reason = _why_not(module)
         if reason is not None:
@@ -123,6 +134,11 @@ def _attention(
         spans = _kept(cu_seq_lens_q, lambda: sequence_spans(cu_seq_lens_q, query.shape[2]))
     elif attention_mask is not None:
         spans = _spans_of(attention_mask, query, key)
+    elif getattr(module.config, "_attn_implementation", None) == PACKED_NAME:
+        # Older Pixtral says by position ids alone where an image ends.
+        raise ValueError(
+            f'{type(module).__name__} runs on "{PACKED_NAME}" and gives no cu_seq_lens_q: use "{NAME}" for it'
+        )
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and query.shape[2] > 1
@@ -170,7 +186,9 @@ def _attend(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> tuple[Tensor, None]:
-    if spans.bounds.shape[0] != query.shape[0]:  # a mask of batch 1 for all rows, as transformers' own broadcast
+    if (
+        spans.bounds.shape[0] != query.shape[0]
+    ):  # a mask of batch 1 for all rows, as transformers' own broadcast
         rows = query.shape[0]
         spans = AttentionSpans(
             spans.bounds.expand(rows, -1, -1, -1),
@@ -221,7 +239,9 @@ def _kept(tensor: Tensor, make: Callable[[], AttentionSpans]) -> AttentionSpans:
 
 
 @lru_cache(maxsize=16)
-def _kept_plain_spans(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> AttentionSpans:
+def _kept_plain_spans(
+    batch: int, queries: int, keys: int, causal: bool, device: torch.device
+) -> AttentionSpans:
     with torch.inference_mode(False):  # they outlive this call, and a training step may save them
         return plain_spans(batch, queries, keys, causal, device)
 

@@ -33,7 +33,9 @@ class Report:
     def __str__(self) -> str:
         rows = [("module", "part", "runs on", "")]
         for change in self.changes:
-            rows.append((change.module or "(model)", change.part, change.kernel or "as before", change.reason))
+            rows.append(
+                (change.module or "(model)", change.part, change.kernel or "as before", change.reason)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)) for row in rows]
         return "\n".join([self.name, *(line.rstrip() for line in lines)])

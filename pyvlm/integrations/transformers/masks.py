@@ -80,7 +80,9 @@ def dense_spans(mask: Tensor) -> AttentionSpans:
     seen = mask[:, 0]
     if seen.dtype != torch.bool:
         if not seen.is_floating_point():
-            raise ValueError(f"the attention mask is of {mask.dtype}; expected bool, or floating with 0 and -inf")
+            raise ValueError(
+                f"the attention mask is of {mask.dtype}; expected bool, or floating with 0 and -inf"
+            )
         zero = seen == 0
         if not torch.compiler.is_compiling() and not (zero | (seen < -1e4)).all():
             raise ValueError(
@@ -104,7 +106,11 @@ def pack_spans(bounds: Tensor, key_class: Tensor) -> Tensor:
 
 
 def unpack_spans(
-    mask: Tensor, queries: int, keys: int, range_classes: tuple[int, ...] | None = None, separate: bool = False
+    mask: Tensor,
+    queries: int,
+    keys: int,
+    range_classes: tuple[int, ...] | None = None,
+    separate: bool = False,
 ) -> AttentionSpans:
     """The spans that `pack_spans` packed, for that many queries and keys.
 
@@ -135,7 +141,11 @@ def sequence_spans(cu_seqlens: Tensor, tokens: int) -> AttentionSpans:
 
 def plain_spans(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> AttentionSpans:
     """No mask at all: everything, or with `causal` the keys up to the query's own place (as SDPA's is_causal)."""
-    end = torch.arange(1, queries + 1, device=device).clamp(max=keys) if causal else torch.full((queries,), keys)
+    end = (
+        torch.arange(1, queries + 1, device=device).clamp(max=keys)
+        if causal
+        else torch.full((queries,), keys)
+    )
     end = end.to(device, torch.int32).expand(batch, -1)
     bounds = torch.stack([torch.zeros_like(end), end], -1).unsqueeze(2)
     classes = torch.full((batch, keys), TEXT, dtype=torch.uint8, device=device)
