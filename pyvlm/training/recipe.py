@@ -45,6 +45,7 @@ class Stage(Config):
         layer_decay: of a part that is a stack of layers, the factor from each layer's rate to that of the
             one below (Qwen-VL has 0.95 for vision): see `pyvlm.training.optimization.layer_scales`.
         weight_decay: AdamW's (arXiv 1711.05101), on matrices and embeddings only.
+        eps: AdamW's, beside the square root of the second moment.
         clip_norm: bound on the gradients' norm.
         keep_optimizer: go on with the moments that AdamW had at the end of the stage before, for the parts
             that learned there, and not with none. A new mixture of dialogues is then less of a shock: on
@@ -67,6 +68,7 @@ class Stage(Config):
     layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None

@@ -47,6 +47,14 @@ def test_every_parameter_that_learns_is_in_one_group(small_recipe):
     assert all(p.requires_grad for p in parts["moe"])
 
 
+def test_adamw_has_the_moments_and_the_eps_of_the_stage(small_recipe):
+    model = VLM(small_recipe().model)
+    for stage in (stage_of(betas=(0.8, 0.9), eps=1e-3), stage_of()):
+        for group in make_optimizer(model, stage).param_groups:
+            assert (group["betas"], group["eps"]) == (stage.betas, stage.eps)
+    assert stage_of().eps == 1e-8
+
+
 def test_rates_decay_from_layer_to_layer(small_recipe):
     tower = {"num_layers": 3, "levels": [-1]}
     recipe = small_recipe()
