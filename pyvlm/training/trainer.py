@@ -31,6 +31,7 @@ from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
+from pyvlm.training.flops import StepCosts, Workload
 from pyvlm.training.heldout import best_look, look_at_held_out
 from pyvlm.training.logs import StagePlan, TrainingLog
 from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
@@ -39,7 +40,7 @@ from pyvlm.training.recipe import Recipe, Stage
 from pyvlm.training.runfolder import RunFolder
 from pyvlm.training.sources import SampleSource, make_source
 from pyvlm.training.trackers import check_trackers
-from pyvlm.training.utilization import FlopCounter, measured_limit
+from pyvlm.training.utilization import measured_limit
 
 Batch = dict[str, Any]  # of Processor.collate; images are None where there are none
 SECONDS_BETWEEN_DRAWINGS = 60.0  # of curves.png; one took 0.5 s
@@ -130,6 +131,7 @@ class Trainer:
         check_parts(self.model, recipe.stages.items())
         self.forward: torch.nn.Module = self.model
         self.optimizer: Optimizer | None = None
+        self.costs: StepCosts | None = None  # of the stage, once they are asked for
         if run.main:
             run.note_start(describe_start(self.position.total, accelerator.num_processes))
         self.log = TrainingLog(run, recipe, self.plan, self.position.total, progress)
@@ -183,6 +185,7 @@ class Trainer:
         elif stage.keep_optimizer and self.optimizer is not None:
             keep_moments(self.optimizer, optimizer)
         self.optimizer, self.optimizer_state = optimizer, None
+        self.costs = None
         self.log.flops_per_token = 0.0
         return optimizer
 
@@ -192,28 +195,37 @@ class Trainer:
         vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
 
     def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
-        """A step and its line in the log. Where a step's time is to be split, FLOPs are counted in the step
-        before it, since counting takes time; which steps these are does not depend on interruptions."""
-        every = self.recipe.profile_every
-        if every and (total + 1) % every == 0:
-            with FlopCounter() as counter:
-                loss, tokens = self.train_step(stage, index, step, total, NoProfile())
-            self.log.flops_per_token = counter.total * self.accelerator.num_processes / tokens
-            limit = measured_limit(self.accelerator.device, self.recipe.precision)
-            self.log.limit = limit * self.accelerator.num_processes
-        elif every and total % every == 0:
-            with StepProfile(self.model, self.accelerator.device) as profile:
-                loss, tokens = self.train_step(stage, index, step, total, profile)
-            self.log.profile(total, profile.seconds, tokens)
-        else:
-            loss, tokens = self.train_step(stage, index, step, total, NoProfile())
+        """A step and its line in the log, and where its time went if that is to be told. Which steps these
+        are does not depend on interruptions."""
         assert self.optimizer is not None
+        every = self.recipe.profile_every
+        if not every or total % every:
+            loss, tokens, _ = self.train_step(stage, index, step, total, NoProfile())
+            self.log.step(total, index, loss, self.optimizer, tokens)
+            return
+        with StepProfile(self.model, self.accelerator.device) as profile:
+            loss, tokens, batches = self.train_step(stage, index, step, total, profile)
         self.log.step(total, index, loss, self.optimizer, tokens)
+        self.log.flush()  # before FLOPs are counted, which takes time
+        processes, device = self.accelerator.num_processes, self.accelerator.device
+        self.log.flops_per_token = self.count_flops(stage, batches) * processes / tokens
+        self.log.limit = measured_limit(device, self.recipe.precision) * processes
+        self.log.profile(total, profile.seconds, tokens)
+        self.log.forget_pause()
+
+    def count_flops(self, stage: Stage, batches: Sequence[Batch]) -> int:
+        """FLOPs that the model takes for batches, forward and backward, nothing of it twice."""
+        config = self.model.config
+        if self.costs is None:
+            self.costs = StepCosts(config, stage.train)
+        costs = [self.costs.of(Workload.of_batch(config, batch)) for batch in batches]
+        return sum(cost.total for of_batch in costs for cost in of_batch.values())
 
     def train_step(
         self, stage: Stage, index: int, step: int, total: int, profile: Profile
-    ) -> tuple[Tensor, int]:
-        """One optimizer step: the mean loss over its labelled tokens, and how many tokens were read."""
+    ) -> tuple[Tensor, int, list[Batch]]:
+        """One optimizer step: the mean loss over its labelled tokens, how many tokens were read by all
+        processes, and this one's batches."""
         accelerator, optimizer = self.accelerator, self.optimizer
         assert optimizer is not None
         seed_everything(self.recipe.seed, total, accelerator.process_index)
@@ -247,7 +259,7 @@ class Trainer:
             loss += micro_loss.detach()
             moe_stats.append(output.moe_stats)
         self.model.update_router(*moe_stats)
-        return accelerator.reduce(loss, "mean"), all_tokens
+        return accelerator.reduce(loss, "mean"), all_tokens, batches
 
     def save(self, optimizer: Optimizer) -> None:
         self.log.draw(SECONDS_BETWEEN_DRAWINGS)

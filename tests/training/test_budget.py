@@ -107,6 +107,13 @@ ENCODERS = {
         "hidden_sizes": [8, 16, 24, 32],
         "depths": [1] * 4,
     },
+    "layoutlmv3": {
+        "model_type": "layoutlmv3",
+        "input_size": 32,
+        "patch_size": 8,
+        "coordinate_size": 4,
+        "shape_size": 8,
+    },
 }
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -306,6 +313,15 @@ def test_the_table_and_the_json_agree(tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, said, capsys):
     assert main(["budget", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_rate_is_what_utilisation_is_measured_against(small_recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pyvlm.training.budget.measured_limit", lambda *given: asked.append(given) or 5e9)
+    made = make_budget(small_recipe(precision="bf16"))
+    assert made.rate == 5e9
+    assert made.rate_source == "torch.mm in bf16, measured here"
+    assert [precision for _, precision in asked] == ["bf16"]
 
 
 def test_a_rate_is_a_number_above_zero(capsys):
