@@ -22,17 +22,10 @@ Kind = Literal["what", "where", "upright", "count"]
 
 @cache
 def photographs() -> dict[str, np.ndarray]:
-    """The word for each photograph, and its pixels, uint8 [h, w, 3].
-
-    Raises:
-        ValueError: scikit-image is missing.
-    """
+    """The word for each photograph, and its pixels, uint8 [h, w, 3]."""
+    from skimage import data
     from sklearn.datasets import load_sample_images
 
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise ValueError(f"the photographs are scikit-image's: pip install scikit-image ({error})") from None
     temple, flower = load_sample_images().images
     pictures = {
         "astronaut": data.astronaut(),
