@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from tokenizers import Tokenizer
 
 from pyvlm.data.files import FilesConfig
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
@@ -219,7 +220,8 @@ class Recipe(Config):
                 f"stage {reads_files[0]!r} reads files, and the tokenizer knows the words of the bundled "
                 "dialogues only: take that of the language model (tokenizer: language, --lm FOLDER)"
             )
-        if self.tokenizer == "words" and self.model.language.vocab_size != (words := self._words()):
+        words = self._tokenizer().get_vocab_size() if self.tokenizer == "words" else None
+        if words is not None and self.model.language.vocab_size != words:
             raise ValueError(
                 f"model.language.vocab_size is {self.model.language.vocab_size}, and the dialogues have "
                 f"{words} words: leave it out"
@@ -277,7 +279,7 @@ class Recipe(Config):
                 model.language.pretrained, model.image, model.tokens_per_image, model.tiling
             )
         return Processor(
-            words_of(stage.data.source for stage in self.stages.values()),
+            self._tokenizer(),
             ProcessorConfig(
                 image=self.model.image,
                 tiling=self.model.tiling,
@@ -285,8 +287,9 @@ class Recipe(Config):
             ),
         )
 
-    def _words(self) -> int:
-        return words_of(stage.data.source for stage in self.stages.values()).get_vocab_size()
+    def _tokenizer(self) -> Tokenizer:
+        """That of the words of the bundled dialogues that the stages learn from."""
+        return words_of(stage.data.source for stage in self.stages.values())
 
 
 def _source_of(stage: Any) -> str:
