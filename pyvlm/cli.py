@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyvlm._tell import tell
 from pyvlm.commands import (
     run_ablate,
     run_budget,
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except ValueError as error:
-        print(f"pyvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(" ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # whoever reads the output, as `head`, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,6 @@ import errno
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyvlm._tell import tell
 from pyvlm.models.checkpoint import SafetensorError
 from pyvlm.models.config import MoEConfig
 from pyvlm.models.pretrained_vision import TransformersTower
@@ -121,7 +121,7 @@ class Trainer:
             recipe,
             self.processor,
             accelerator.num_processes,
-            accelerator.print if run.main else lambda line: None,
+            tell if run.main else lambda line: None,
         )
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
@@ -284,7 +284,7 @@ def open_sources(
     recipe: Recipe,
     processor: Processor,
     processes: int = 1,
-    tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
+    tell: Callable[[str], None] = tell,
 ) -> tuple[list[SampleSource], list[StagePlan]]:
     """The data of every stage, and how much there is to do.
 
