@@ -32,7 +32,7 @@ from pyvlm.models.vlm import VLM
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
 from pyvlm.training.flops import StepCosts, Workload
-from pyvlm.training.heldout import best_look, look_at_held_out
+from pyvlm.training.heldout import HeldOut, best_look
 from pyvlm.training.logs import StagePlan, TrainingLog
 from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
 from pyvlm.training.profiling import NoProfile, Profile, StepProfile
@@ -117,12 +117,9 @@ class Trainer:
         self.recipe, self.run, self.accelerator, self.after_step = recipe, run, accelerator, after_step
         self.processor = recipe.processor()
         # All data are opened before anything is trained: what is wrong with them is told now.
-        self.sources, self.plan = open_sources(
-            recipe,
-            self.processor,
-            accelerator.num_processes,
-            tell if run.main else lambda line: None,
-        )
+        to_tell = tell if run.main else lambda line: None
+        self.sources, self.plan = open_sources(recipe, self.processor, accelerator.num_processes, to_tell)
+        self.held_out = HeldOut(recipe, self.processor, to_tell) if recipe.evaluation.every else None
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
         self.optimizer_state = restored.optimizer if restored else None
@@ -158,8 +155,8 @@ class Trainer:
             total = self.position.total + 1
             self.measured_step(index, stage, step, total)
             self.position = Position(index, step + 1, total)
-            if self.recipe.evaluation.every and total % self.recipe.evaluation.every == 0:
-                self.look(total)
+            if self.held_out is not None and total % self.recipe.evaluation.every == 0:
+                self.look(total, self.held_out)
             if step + 1 == steps and self.recipe.keep_stages and self.run.main:
                 facts = {"stage": self.plan[index].name, "step": total}
                 save_model(self.run.stages / self.plan[index].name, self.model, self.processor, facts)
@@ -268,11 +265,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.log.forget_pause()
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, held_out: HeldOut) -> None:
         """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
         if self.run.main:
             with self.accelerator.autocast():
-                look = look_at_held_out(self.model, self.processor, self.recipe)
+                look = held_out.look(self.model)
             if look.beats(self.best):
                 save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
                 self.best = look
