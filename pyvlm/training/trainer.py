@@ -241,7 +241,7 @@ class Trainer:
         moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
             with accelerator.accumulate(self.forward):
-                output = self.forward(**batch)
+                output = self.forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
                 # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
                 # are averaged over processes.
                 share = count * accelerator.num_processes / max(1, all_labelled)
