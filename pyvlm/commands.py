@@ -162,10 +162,12 @@ def run_data_check(options: argparse.Namespace) -> None:
 def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
     """The processor and the configuration of --model or --recipe; None without either."""
     if options.recipe is not None:
-        from pyvlm.training.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe)
+        recipe = _recipe(options)
         return recipe.processor(), recipe.model
+    changes = {"--variant": options.variant, "--lm": options.lm, "--vision": options.vision}
+    changes |= {"--set": options.set, "--seed": options.seed}
+    if given := [name for name, value in changes.items() if value not in (None, [])]:
+        raise ValueError(f"{', '.join(given)}: of a recipe, and none is named; give it with --recipe")
     if options.model is None:
         return None
     from pyvlm.models.checkpoint import CONFIG, read_config
@@ -226,7 +228,7 @@ def _recipe(options: argparse.Namespace) -> Any:
         options.variant,
         language=options.lm,
         vision=options.vision,
-        data=options.data,
+        data=options.learn_from,
         settings=options.set,
         **({} if options.seed is None else {"seed": options.seed}),
     )
