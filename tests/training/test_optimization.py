@@ -32,6 +32,14 @@ def test_a_piece_of_a_part_learns_alone(small_recipe):
         check_parts(model, [("one", stage_of(train=["vision.eye"]))])
 
 
+def test_what_one_stage_freezes_the_next_one_frees(small_recipe):
+    model = VLM(small_recipe().model)
+    for part in ("connector", "vision", "connector"):
+        make_optimizer(model, stage_of(train=[part]))
+        learn = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        assert learn == set(model.parts()[part])
+
+
 def test_every_parameter_that_learns_is_in_one_group(small_recipe):
     model = VLM(small_recipe().model)
     stage = stage_of(train=["vision", "moe"], layer_decay={"vision": 0.5})
