@@ -1,0 +1,1 @@
+"""How pyvlm's kernels run inside models of transformers, through its official extension points."""
