@@ -126,6 +126,16 @@ def test_choices_may_have_any_strides(backend: str) -> None:
     assert_is(routing, index, weight, 4)
 
 
+def test_a_device_is_waited_for_only_where_choices_are_dropped() -> None:
+    """Shown on the meta device, which has no values to wait for."""
+    index, weight = torch.zeros(3, 2, dtype=torch.int64, device="meta"), torch.ones(3, 2, device="meta")
+    routing = routing_from_choices(index, weight, 4)
+    assert [len(t) for t in (routing.token, routing.weight, routing.slot)] == [6, 6, 6]
+    assert (len(routing.expert_offsets), len(routing.token_offsets)) == (5, 4)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        routing_from_choices(index, weight, 4, drop_out_of_range=True)
+
+
 @pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_opcheck(dtype: torch.dtype, drop: bool) -> None:

@@ -150,11 +150,11 @@ def _change(model: nn.Module, experts: dict[str, Any]) -> list[Change]:
 
 def _set(model: nn.Module, config: Any) -> Callable[[], None] | None:
     """Sets pyvlm for one config; what puts it back, or None where transformers does not let it be set."""
-    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.config is config]
-    if not owners:
+    models = (m for m in model.modules() if isinstance(m, PreTrainedModel))
+    owner = next((m for m in models if m.config is config), None)
+    if owner is None:
         return None
-    # The innermost: through an outer one, models below it that have configs of their own could change too.
-    owner, before = owners[-1], config._experts_implementation
+    before = config._experts_implementation
     owner.set_experts_implementation({"": NAME})
     if config._experts_implementation != NAME:
         return None
