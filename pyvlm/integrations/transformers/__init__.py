@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from pyvlm.integrations.transformers import attention, rules
+from pyvlm.integrations.transformers import attention, experts, rules
 from pyvlm.integrations.transformers.changes import Change, Report
 
 __all__ = ["Change", "Report", "accelerate", "register", "restore"]
@@ -24,6 +24,7 @@ _changes: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
 def register() -> None:
     """Makes the names of pyvlm's implementations known to transformers; importing this package does it."""
     attention.register()
+    experts.register()
 
 
 def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool = False) -> Report:
@@ -49,6 +50,7 @@ def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool
     restore(model)
     changes = [] if attention_rule is None else rules.apply(model, attention_rule)
     changes += attention.apply(model)
+    changes += experts.apply(model)
     _changes[model] = changes
     made = Report(type(model).__name__, changes)
     if report:
