@@ -142,7 +142,17 @@ setup(
         "pyvlm",
         *(
             f"pyvlm.{name}"
-            for name in ("ops", "reference", "nn", "models", "data", "training", "recipes", "integrations")
+            for name in (
+                "ops",
+                "reference",
+                "nn",
+                "models",
+                "data",
+                "training",
+                "recipes",
+                "integrations",
+                "integrations.transformers",
+            )
         ),
         "pyvlm.triton_kernels",
     ],

@@ -40,28 +40,11 @@ class Mask:
     sinks: Tensor | None
 
 
-def visible_pairs(spans: AttentionSpans) -> int:
-    """(query, key) pairs in a softmax, over the batch: `spans.dense()` counted without making it."""
-
-    def count(lo_BQ: Tensor, hi_BQ: Tensor, classes: int) -> int:
-        seen_BK = (classes >> spans.key_class.long()) & 1
-        before_BK1 = F.pad(seen_BK.cumsum(1), (1, 0))  # keys of these classes before each position
-        pairs_BQ = before_BK1.gather(1, hi_BQ.long()) - before_BK1.gather(1, lo_BQ.long())
-        return int(pairs_BQ.clamp(min=0).sum())
-
-    lo_BQR, hi_BQR = spans.bounds.unbind(-1)
-    pairs = sum(count(lo_BQR[:, :, r], hi_BQR[:, :, r], mask) for r, mask in enumerate(spans.range_classes))
-    if not spans.separate and len(spans.range_classes) == 2:
-        first, second = spans.range_classes
-        pairs -= count(lo_BQR.amax(-1), hi_BQR.amin(-1), first & second)  # a key in both ranges counts once
-    return pairs
-
-
 def workload(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> Workload:
     q_BHQD, k_BGKD, v_BGKD, cotangent_BHQD = case.inputs(dtype, device)
     spans = case.spans(device)
     # Two multiplications and two additions an element of D and a visible pair: q·k, and p times v.
-    flops = 4 * case.head_dim * case.heads * visible_pairs(spans)
+    flops = 4 * case.head_dim * case.heads * spans.visible_pairs()
     queries_bytes, keys_bytes = q_BHQD.nbytes, k_BGKD.nbytes
     costs = {FORWARD: Cost(flops, 2 * queries_bytes + 2 * keys_bytes)}
     decode = q_BHQD.shape[2] == 1

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyvlm._tell import tell
 from pyvlm.commands import (
     run_ablate,
     run_budget,
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except ValueError as error:
-        print(f"pyvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(" ".join(str(error).split()))
         return 2
     except BrokenPipeError:  # whoever reads the output, as `head`, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -183,9 +184,12 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         whose = parser.add_mutually_exclusive_group()
         whose.add_argument("--model", type=Path, metavar="FOLDER", help="tokens as this model takes them")
         whose.add_argument("--recipe", metavar="RECIPE", help="tokens as the model of this recipe takes them")
-        parser.add_argument("--stage", metavar="NAME", help="in its form, with images of its size")
         parser.add_argument("--images", metavar="FOLDER", help="that image paths are relative to")
         parser.add_argument("--max-length", type=_positive, metavar="N", help="cut to so many tokens")
+        of_recipe = parser.add_argument_group("with --recipe")
+        of_recipe.add_argument("--stage", metavar="NAME", help="as this stage has them: form, size of images")
+        _add_changes(of_recipe)
+        parser.set_defaults(learn_from=[])  # what is looked at is DATA
     show.add_argument("--index", type=_natural, default=0, metavar="N", help="which record (default 0)")
     show.add_argument("--png", type=Path, metavar="FILE", help="write a picture of the mask")
     show.set_defaults(run=run_data_show)
@@ -197,6 +201,19 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe that a command is about, and what of it is to be another."""
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "--data",
+        dest="learn_from",
+        metavar="[STAGE=]PATH",
+        action="append",
+        default=[],
+        help="conversations to learn from; once a stage, or for all stages",
+    )
+    _add_changes(parser)
+
+
+def _add_changes(parser: argparse._ActionsContainer) -> None:
+    """What of a recipe is to be another, whatever it learns from."""
     variant = parser.add_mutually_exclusive_group()
     variant.add_argument("--variant", help="an entry of the recipe's variants")
     variant.add_argument(
@@ -213,13 +230,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="of transformers: what a vision tower starts from; once a tower",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="[STAGE=]PATH",
-        action="append",
-        default=[],
-        help="conversations to learn from; once a stage, or for all stages",
     )
     parser.add_argument(
         "--set",

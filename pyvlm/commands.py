@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pyvlm._tell import tell
+
 
 def run_demo(options: argparse.Namespace) -> None:
     from pyvlm.training import demo
@@ -71,13 +73,13 @@ def _eval_file(options: argparse.Namespace, model: Any, processor: Any) -> dict[
     from pyvlm.training.vqa import Skipped, read_questions
     from pyvlm.training.vqa_evaluation import answer_questions, format_rows, keep_predictions, summarize
 
-    skipped = Skipped(_tell, options.strict)
+    skipped = Skipped(tell, options.strict)
     settings = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "instruction")}
     questions = list(islice(read_questions(options.data, skipped), options.limit))
     predictions = answer_questions(model, processor, questions, skipped, **settings)
     kept = keep_predictions(predictions, options.predictions)
     if skipped.counts:
-        _tell(skipped.summary())
+        tell(skipped.summary())
     rows = summarize(kept)
     print(format_rows(rows))
     return {"settings": settings, "skipped": dict(skipped.counts), "results": rows}
@@ -90,15 +92,15 @@ def run_chat(options: argparse.Namespace) -> None:
 
     model, processor = load_model(options.model, options.device)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    chat = Chat(model, processor, options.image, _tell, sampling, options.system)
+    chat = Chat(model, processor, options.image, tell, sampling, options.system)
     interactive = options.question is None and sys.stdin.isatty()
-    session = ChatSession(chat, input if interactive else lambda _: input(), _write, _tell, interactive)
+    session = ChatSession(chat, input if interactive else lambda _: input(), _write, tell, interactive)
     if options.question is not None:
         session.answer(options.question)
         return
     if interactive:
         complete_with_tab(session)
-        _tell("ask away; /image PATH shows a picture, /help tells the rest, Ctrl-D ends")
+        tell("ask away; /image PATH shows a picture, /help tells the rest, Ctrl-D ends")
     session.run()
 
 
@@ -160,9 +162,7 @@ def run_data_check(options: argparse.Namespace) -> None:
 def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
     """The processor and the configuration of --model or --recipe; None without either."""
     if options.recipe is not None:
-        from pyvlm.training.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe)
+        recipe = _recipe(options)
         if options.stage is None:
             return recipe.processor(), recipe.model
         if options.stage not in recipe.stages:
@@ -171,8 +171,10 @@ def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
             )
         form = recipe.stages[options.stage].form
         return recipe.processor(options.stage).changed(form=form), recipe.model_in(options.stage)
-    if options.stage is not None:
-        raise ValueError("a stage is a recipe's: give --recipe RECIPE with --stage")
+    changes = {"--stage": options.stage, "--variant": options.variant, "--lm": options.lm}
+    changes |= {"--vision": options.vision, "--set": options.set, "--seed": options.seed}
+    if given := [name for name, value in changes.items() if value not in (None, [])]:
+        raise ValueError(f"{', '.join(given)}: of a recipe, and none is named; give it with --recipe")
     if options.model is None:
         return None
     from pyvlm.models.checkpoint import CONFIG, read_config
@@ -234,7 +236,7 @@ def _recipe(options: argparse.Namespace) -> Any:
         options.variant,
         language=options.lm,
         vision=options.vision,
-        data=options.data,
+        data=options.learn_from,
         settings=options.set,
         **({} if options.seed is None else {"seed": options.seed}),
     )
@@ -249,10 +251,6 @@ def _check_folders(*paths: Path | None) -> None:
 
 def _write(piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-def _tell(line: str) -> None:
-    print(f"pyvlm: {line}", file=sys.stderr)
 
 
 def _outline(content: Mapping[str, Any], depth: int = 0) -> Iterator[str]:

@@ -89,6 +89,28 @@ class AttentionSpans:
         sees_class = (mask >> self.key_class.long()[:, None, :]) & 1 == 1  # [B, R, K]
         return (lo <= key) & (key < hi) & sees_class[:, :, None, :]
 
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs the batch's softmaxes hold: `dense` counted without being made.
+
+        Joint: a key that lies in both ranges of a query counts once; separate: in each. On a GPU this waits
+        for the device.
+        """
+
+        def count(lo_BQ: Tensor, hi_BQ: Tensor, classes: int) -> int:
+            seen_BK = (classes >> self.key_class.long()) & 1
+            before_BK1 = torch.nn.functional.pad(seen_BK.cumsum(1), (1, 0))  # such keys before each place
+            pairs_BQ = before_BK1.gather(1, hi_BQ.long()) - before_BK1.gather(1, lo_BQ.long())
+            return int(pairs_BQ.clamp(min=0).sum())
+
+        lo_BQR, hi_BQR = self.bounds.unbind(-1)
+        pairs = sum(
+            count(lo_BQR[:, :, r], hi_BQR[:, :, r], classes) for r, classes in enumerate(self.range_classes)
+        )
+        if not self.separate and len(self.range_classes) == 2:
+            first, second = self.range_classes
+            pairs -= count(lo_BQR.amax(-1), hi_BQR.amin(-1), first & second)
+        return pairs
+
     def plot(
         self,
         row: int = 0,

@@ -22,6 +22,9 @@ TORCH_LIBRARY_FRAGMENT(pyvlm, m) {
       "merge_routings(Tensor[] token, Tensor[] expert_offsets, Tensor[] rows, int num_tokens) -> "
       "(Tensor order, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
   m.def(
+      "routing_from_choices(Tensor index, int num_experts, bool drop_out_of_range) -> "
+      "(Tensor order, Tensor token, Tensor expert_offsets, Tensor token_offsets, Tensor slot)");
+  m.def(
       "expert_mlp(Tensor x, Tensor token, Tensor weight, Tensor expert_offsets, Tensor token_offsets, Tensor "
       "slot, Tensor gate_up, Tensor down, str activation, bool gated, Tensor? gate_up_bias, Tensor? "
       "down_bias, bool keep_hidden) -> (Tensor y, Tensor hidden)");
@@ -38,6 +41,7 @@ TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
   m.impl("threshold_choice", &pyvlm::threshold_choice_cpu);
   m.impl("routing_backward", &pyvlm::routing_backward_cpu);
   m.impl("merge_routings", &pyvlm::merge_routings_cpu);
+  m.impl("routing_from_choices", &pyvlm::routing_from_choices_cpu);
   m.impl("expert_mlp", &pyvlm::expert_mlp_cpu);
   m.impl("expert_mlp_backward", &pyvlm::expert_mlp_backward_cpu);
 }

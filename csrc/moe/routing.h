@@ -37,6 +37,10 @@ at::Tensor routing_backward_cpu(const at::Tensor& grad_weight, const at::Tensor&
 RoutingTensors merge_routings_cpu(at::TensorList token, at::TensorList expert_offsets, at::TensorList rows,
                                   int64_t num_tokens);
 
+// One slot a choice: expert index[t, k] works on token t. In place of the weights the choice, t K + k, that
+// each slot is. A choice of `num_experts` or above is no slot where such are dropped, and else an error.
+RoutingTensors routing_from_choices_cpu(const at::Tensor& index, int64_t num_experts, bool drop_out_of_range);
+
 // token_offsets and slot: the slot list sorted by token.
 std::tuple<at::Tensor, at::Tensor> sort_by_token(const at::Tensor& token, const at::Tensor& expert_offsets,
                                                  int64_t num_tokens);

@@ -1,7 +1,8 @@
-// Slot lists: the one that is sorted by token, and the merge of several.
+// Slot lists: the one that is sorted by token, the merge of several, and the one of choices made elsewhere.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -116,6 +117,48 @@ RoutingTensors merge_routings_cpu(at::TensorList token, at::TensorList expert_of
   }
   const auto [token_offsets, slot] = sort_by_token(merged, merged_offsets, num_tokens);
   return {order, merged, merged_offsets, token_offsets, slot};
+}
+
+RoutingTensors routing_from_choices_cpu(const at::Tensor& index, int64_t num_experts,
+                                        bool drop_out_of_range) {
+  TORCH_CHECK(index.dim() == 2 && num_experts >= 1 &&
+                  (index.scalar_type() == at::kInt || index.scalar_type() == at::kLong) &&
+                  index.numel() <= std::numeric_limits<int32_t>::max(),
+              "routing_from_choices: index is ", index.scalar_type(), " ", index.sizes(), " of ", num_experts,
+              " experts; expected int32 or int64 [tokens, choices], less than 2^31 of them, and an expert");
+  const int64_t tokens = index.size(0), top_k = index.size(1), choices = index.numel();
+  const at::Tensor held = index.to(at::kLong).contiguous();
+  const int64_t* expert_of = held.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(expert_of, expert_of + choices);
+  TORCH_CHECK_VALUE(choices == 0 || (*low >= 0 && (drop_out_of_range || *high < num_experts)),
+                    "index holds experts from ", *low, " to ", *high, ", outside 0 to ", num_experts - 1);
+
+  // A counting sort: offsets[e + 1] is where expert e's next slot goes, in the end where e + 1 starts.
+  at::Tensor expert_offsets = at::empty({num_experts + 1}, at::kInt);
+  int32_t* offsets = expert_offsets.mutable_data_ptr<int32_t>();
+  std::fill_n(offsets, num_experts + 1, 0);
+  int64_t slots = 0;
+  for (int64_t c = 0; c < choices; ++c) {
+    if (expert_of[c] < num_experts) {
+      ++offsets[expert_of[c] + 1];
+      ++slots;
+    }
+  }
+  std::exclusive_scan(offsets + 1, offsets + num_experts + 1, offsets + 1, 0);
+  at::Tensor order = at::empty({slots}, at::kLong), token = at::empty({slots}, at::kInt);
+  int64_t* order_of = order.mutable_data_ptr<int64_t>();
+  int32_t* token_of = token.mutable_data_ptr<int32_t>();
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = t * top_k; c < (t + 1) * top_k; ++c) {
+      if (expert_of[c] < num_experts) {
+        const int32_t place = offsets[expert_of[c] + 1]++;
+        token_of[place] = static_cast<int32_t>(t);
+        order_of[place] = c;
+      }
+    }
+  }
+  const auto [token_offsets, slot] = sort_by_token(token, expert_offsets, tokens);
+  return {order, token, expert_offsets, token_offsets, slot};
 }
 
 }  // namespace pyvlm

@@ -4,7 +4,6 @@ All of it is decided by (config, seed): which samples share a dialogue or a row 
 anew for each epoch. Nothing depends on what was asked for before.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from pyvlm._tell import tell
 from pyvlm.data.bad_records import Report
 from pyvlm.data.blending import blend, can_blend, introduce_images
 from pyvlm.data.lengths import Arrays, digest, identity, remember, scan_from_arrays, scan_to_arrays
@@ -152,7 +152,7 @@ class FilesSource:
         processor: Processor,
         seed: int,
         batch_size: int,
-        tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
+        tell: Callable[[str], None] = tell,
         cache: Path | None = None,
     ) -> None:
         if config.image_words is not None and processor.config.image_words is not None:

@@ -36,7 +36,8 @@ class VLMOutput:
 
     Attributes:
         loss: scalar, cross_entropy + aux_loss; None without labels.
-        cross_entropy: scalar, the mean over the labelled tokens; None without labels.
+        cross_entropy: scalar, the mean over the labelled tokens, with label smoothing and z-loss where
+            these are asked for; None without labels.
         aux_loss: scalar, the sum of the routers' losses, already weighted; 0 without experts or with a cache.
         logits: [B, L, V]; None with labels, since the loss never makes them.
         moe_stats: one a MoE layer; with a cache none.
@@ -88,6 +89,8 @@ class VLM(nn.Module):
         cache: list[KeyValueCache] | None = None,
         image_sizes: Tensor | None = None,
         documents: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> VLMOutput:
         """The loss of a batch, or its logits where no labels are given.
 
@@ -104,6 +107,7 @@ class VLM(nn.Module):
                 Best left on the CPU, where they are read.
             documents: int32 [B, L], the number of each token's document in a packed row, whose documents do
                 not see each other, and −1 for padding; without a `layout` only.
+            label_smoothing, z_loss: of the loss, as in `pyvlm.ops.linear_cross_entropy`.
 
         Raises:
             TypeError, ValueError: a wrong type, shape or value, or images that do not match the placeholders;
@@ -137,6 +141,8 @@ class VLM(nn.Module):
             next_labels(labels, layout).flatten(),
             ignore_index=IGNORED,
             softcap=self.config.language.logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
             backend=self.config.backend,
         )
         return VLMOutput(cross_entropy + aux_loss, cross_entropy, aux_loss, None, moe_stats)

@@ -7,6 +7,7 @@ from pyvlm.ops.grids import fuse_grids, patches_to_token
 from pyvlm.ops.linear import linear
 from pyvlm.ops.loss import linear_cross_entropy
 from pyvlm.ops.moe import Routing, expert_choice, merge_routings, threshold_choice, token_choice
+from pyvlm.ops.moe_choices import routing_from_choices
 from pyvlm.ops.moe_experts import expert_mlp, soft_moe
 from pyvlm.ops.moe_losses import (
     balance_bias,
@@ -52,6 +53,7 @@ __all__ = [
     "resample",
     "resize_positions",
     "router_z_loss",
+    "routing_from_choices",
     "sincos_positions",
     "soft_moe",
     "span_attention",

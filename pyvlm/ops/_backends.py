@@ -18,6 +18,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_choice with a capacity": {"native": ("cpu",)},
     "threshold_choice": {"native": ("cpu",)},
     "merge_routings": {"native": ("cpu",)},
+    "routing_from_choices": {"native": ("cpu",)},
     "expert_mlp": {"native": ("cpu",), "triton": ("cuda",)},
     "pack_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "place_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},

@@ -135,6 +135,28 @@ def check_values_of_rows(rows: Tensor, num_tokens: int) -> None:
         )
 
 
+def check_choices(index: Tensor, weight: Tensor, num_experts: int) -> None:
+    check_integer("index", index)
+    check_positive_int("num_experts", num_experts)
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating-point, got {weight.dtype}")
+    if index.dim() != 2 or index.shape[1] == 0:
+        raise ValueError(f"index must be [tokens, choices] with a choice or more, got {list(index.shape)}")
+    if weight.shape != index.shape or weight.device != index.device:
+        raise ValueError(
+            f"weight must be {list(index.shape)} on {index.device}, one a choice in index, "
+            f"got {list(weight.shape)} on {weight.device}"
+        )
+
+
+def check_values_of_choices(index: Tensor, num_experts: int, drop_out_of_range: bool) -> None:
+    if index.device.type != "cpu" or not len(index):
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or (high >= num_experts and not drop_out_of_range):
+        raise ValueError(f"index holds experts from {low} to {high}, outside 0 to {num_experts - 1}")
+
+
 def check_experts(
     x: Tensor,
     gate_up: Tensor,

@@ -7,8 +7,8 @@ Shape legend
 A sparse router returns five tensors: token [S], weight [S], expert_offsets [E+1], token_offsets [T+1], slot
 [S] (`pyvlm.ops.Routing` explains them). They are a sparse E × T matrix by rows, and its non-zeros by columns.
 
-How many slots there are depends on the data, so on a GPU every router, and the split into experts, waits for
-the device.
+How many slots there are depends on the data, so on a GPU every router of logits, and the split into experts,
+waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,15 +49,29 @@ def sort_slots(
     expert_S: Tensor, token_S: Tensor, weight_S: Tensor, num_experts: int, num_tokens: int
 ) -> RoutingTensors:
     """The routing tensors of slots given in any order."""
-    order_S = (expert_S * num_tokens + token_S).argsort()
-    token_S = token_S[order_S]
+    order_S = (expert_S * num_tokens + token_S).argsort(stable=True)
+    expert_S, token_S = expert_S[order_S], token_S[order_S]
+    by_token_S = token_S.argsort(stable=True)
     return (
         token_S.int(),
         weight_S[order_S],
         _offsets(expert_S, num_experts),
-        _offsets(token_S, num_tokens),
-        token_S.argsort(stable=True).int(),
+        _offsets(token_S[by_token_S], num_tokens),
+        by_token_S.int(),
     )
+
+
+def routing_from_choices(
+    index_TK: Tensor, weight_TK: Tensor, num_experts: int, drop_out_of_range: bool
+) -> RoutingTensors:
+    num_tokens, top_k = index_TK.shape
+    expert_S = index_TK.flatten().long()
+    token_S = torch.arange(num_tokens, device=index_TK.device).repeat_interleave(top_k)
+    weight_S = weight_TK.flatten().to(accumulation_dtype(weight_TK.dtype))
+    if drop_out_of_range:
+        kept_S = expert_S < num_experts
+        expert_S, token_S, weight_S = expert_S[kept_S], token_S[kept_S], weight_S[kept_S]
+    return sort_slots(expert_S, token_S, weight_S, num_experts, num_tokens)
 
 
 def expert_choice(logits_TE: Tensor, capacity_G: Tensor, group_offsets: Tensor) -> RoutingTensors:
@@ -154,9 +168,10 @@ def _slots_of(chosen_TE: Tensor, gate_TE: Tensor) -> RoutingTensors:
     return sort_slots(expert_S, token_S, gate_TE[token_S, expert_S], num_experts, num_tokens)
 
 
-def _offsets(index_S: Tensor, size: int) -> Tensor:
-    """Where the entries of each value of `index_S` start once it is sorted: int32 [size + 1]."""
-    return F.pad(torch.bincount(index_S, minlength=size).cumsum(0), (1, 0)).int()
+def _offsets(sorted_S: Tensor, size: int) -> Tensor:
+    """Where the entries of each value start, and the end: int32 [size + 1]."""
+    # Not by bincount, which waits for the device.
+    return torch.searchsorted(sorted_S, torch.arange(size + 1, device=sorted_S.device), out_int32=True)
 
 
 def _sum_slots(rows_SH: Tensor, token_offsets: Tensor, slot: Tensor) -> Tensor:

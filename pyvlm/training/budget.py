@@ -5,7 +5,6 @@ Everything comes from shapes (`pyvlm.training.flops`): no weights are made and n
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from pyvlm.training.flops import (
 )
 from pyvlm.training.products import Cost
 from pyvlm.training.recipe import Recipe
+from pyvlm.training.utilization import measured_limit
 
 BYTES = {"fp32": 4, "bf16": 2}
 ADAMW_MOMENTS = 2
@@ -183,8 +183,13 @@ def make_budget(
     seen = image_size or ASSUMED_IMAGE
     length, images = row_shape(config, length, images, seen)
     workload = Workload.of_shape(config, batch, length, images, seen)
-    source = "given" if rate is not None else f"2048³ matrix products in {recipe.precision}, measured here"
-    rate = measure_rate(recipe.precision) if rate is None else rate
+    source = "given"
+    if rate is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rate, source = (
+            measured_limit(device, recipe.precision),
+            f"torch.mm in {recipe.precision}, measured here",
+        )
     stages = []
     for name, model in zip(recipe.stages, stage_models(recipe), strict=True):
         steps, data = stage_workloads(recipe, name, shape, seen)
@@ -369,21 +374,6 @@ def _budget_stage(
         hours,
         None if price_per_hour is None else hours * price_per_hour,
     )
-
-
-def measure_rate(precision: str, size: int = 2048, repetitions: int = 5) -> float:
-    """FLOPs a second of matrix products of random numbers, the best of a few."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repetitions + 1):  # the first one wakes everything up
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
 
 
 def write_json(path: str | os.PathLike[str], budget: Budget) -> None:

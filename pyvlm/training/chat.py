@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from pyvlm.data.source import Messages
 from pyvlm.models.checkpoint import CONFIG, write_file
 from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
-from pyvlm.training.conversation import Messages, answer, introductions
+from pyvlm.training.conversation import answer, introductions
 from pyvlm.training.pictures import read_picture
 from pyvlm.training.replies import Interrupted, Sampling, Speaker
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from pyvlm.models.config import Config
 from pyvlm.training.augmentation import NUMBERS_PER_IMAGE, augment
-from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Round, Split
+from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Round, Split, check_counts, draw_rounds
 
 IMAGE_SIZE = 8
 TRAIN_FRACTION = 0.8
@@ -95,9 +95,7 @@ class DigitsConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> "DigitsConfig":
-        for name, (low, high) in (("images", self.images), ("rounds", self.rounds)):
-            if low > high:
-                raise ValueError(f"{name} {[low, high]}: give the fewest first, then the most")
+        check_counts(images=self.images, rounds=self.rounds)
         if self.images[1] > MAX_IMAGES:
             raise ValueError(f"images {list(self.images)}: a dialogue has at most {MAX_IMAGES}")
         # What can be asked about any digits: a sum takes two images, and equal digits have no largest.
@@ -165,20 +163,11 @@ class DigitDialogues:
             repeats = digits and rng.random() < self.config.repeat
             digits.append(int(rng.choice(digits) if repeats else rng.integers(10)))
         chosen = [int(rng.choice(_indices_by_digit(self.split)[digit])) for digit in digits]
-        rounds = self._rounds(digits, rng)
+        rounds = draw_rounds(
+            self.config.questions, self.config.rounds, lambda kind: QUESTIONS[kind](digits, rng), rng
+        )
         noise_NP = rng.standard_normal((len(digits), NUMBERS_PER_IMAGE), dtype=np.float32)
         return chosen, tuple(digits), rounds, noise_NP
-
-    def _rounds(self, digits: list[int], rng: np.random.Generator) -> tuple[Round, ...]:
-        kinds = [kind for kind, weight in self.config.questions.items() if weight]
-        shares = np.array([self.config.questions[kind] for kind in kinds])
-        wanted = int(rng.integers(self.config.rounds[0], self.config.rounds[1] + 1))
-        rounds: list[Round] = []
-        while len(rounds) < wanted:
-            asked = QUESTIONS[kinds[rng.choice(len(kinds), p=shares / shares.sum())]](digits, rng)
-            if asked is not None:
-                rounds.append(asked)
-        return tuple(rounds)
 
 
 def vocabulary() -> list[str]:

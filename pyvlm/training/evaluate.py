@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from pyvlm.data.source import Messages
 from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MODALITIES
 from pyvlm.training.bundled import Bundled, bundled_dialogues
-from pyvlm.training.conversation import Messages, answer, ask, dialogue_messages, open_conversation
+from pyvlm.training.conversation import answer, ask, dialogue_messages, open_conversation
 from pyvlm.training.dialogue import Dialogue
 from pyvlm.training.replies import reply
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvlm.layout import IMAGE, TEXT, AttentionSpans, TokenLayout
+from pyvlm.layout import IMAGE, TEXT, TokenLayout
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.encoders import Pair
 from pyvlm.models.inputs import default_layout, next_labels
@@ -157,7 +157,7 @@ class StepCosts:
         walk = Walk(workload, (bool(workload.images) and vision_learns) or _learns(language.embed_tokens))
         windows = {config.window_of(i) for i in range(config.num_layers)}
         spans = {window: workload.layout.spans(config.attention_rule, window) for window in windows}
-        pairs = {window: count_pairs(of_window) for window, of_window in spans.items()}
+        pairs = {window: of_window.visible_pairs() for window, of_window in spans.items()}
         streams = 2 if next(iter(spans.values())).separate else 1
         for i, layer in enumerate(language.layers):
             assert isinstance(layer, DecoderLayer)
@@ -287,27 +287,6 @@ def skeleton(config: VLMConfig) -> VLM:
     """The model on the meta device: all shapes and no memory."""
     with torch.device("meta"):
         return VLM(config.without_sources())
-
-
-def count_pairs(spans: AttentionSpans) -> int:
-    """The (query, key) pairs that the spans let through; of separate streams each counts its own."""
-    ranges = spans.bounds.long().unbind(2)
-    pairs = sum(
-        _keys_between(spans, mask, *bounds.unbind(-1))
-        for mask, bounds in zip(spans.range_classes, ranges, strict=True)
-    )
-    if len(ranges) == 2 and not spans.separate:  # one softmax over the union of both
-        (lo_0, hi_0), (lo_1, hi_1) = (bounds.unbind(-1) for bounds in ranges)
-        lo = torch.maximum(lo_0, lo_1)
-        both = spans.range_classes[0] & spans.range_classes[1]
-        pairs -= _keys_between(spans, both, lo, torch.minimum(hi_0, hi_1).maximum(lo))
-    return pairs
-
-
-def _keys_between(spans: AttentionSpans, mask: int, lo_BQ: Tensor, hi_BQ: Tensor) -> int:
-    visible_BK = (mask >> spans.key_class.long()) & 1
-    before_BK = nn.functional.pad(visible_BK.cumsum(1), (1, 0))
-    return int((before_BK.gather(1, hi_BQ) - before_BK.gather(1, lo_BQ)).sum())
 
 
 def expected_slots(options: RouterOptions, layout: TokenLayout, training: bool = True) -> dict[Share, int]:

@@ -1,16 +1,18 @@
 """A quick look at held-out data during training, and whether it was the best so far."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyvlm._tell import tell
 from pyvlm.data.files import FilesConfig
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.training.bundled import bundled_dialogues
+from pyvlm.training.dialogue import Dialogue
 from pyvlm.training.evaluate import evaluate
 from pyvlm.training.recipe import Recipe
 from pyvlm.training.sources import SampleSource, make_source
@@ -42,22 +44,64 @@ def best_look(metrics: Sequence[Mapping[str, Any]]) -> Look | None:
     return best
 
 
-def look_at_held_out(model: VLM, processor: Processor, recipe: Recipe, cache: Path | None = None) -> Look:
-    """The accuracy of first answers where the data are bundled dialogues, and else the loss.
+class HeldOut:
+    """A recipe's held-out data, opened and read once; `look` as often as wanted.
 
-    Lengths of files are kept in the folder `cache`. The model is left in training mode.
+    Args:
+        recipe: `recipe.held_out` says which data, `recipe.evaluation` how many at a look.
+        processors: any of them may encode the data; those of the stages, which may differ in their images.
+        tell: is told of records that are left out.
+        cache: the folder that keeps lengths of files, see `pyvlm.data.files.FilesSource`.
+
+    Raises:
+        ValueError: the data are missing or cannot be read; the message says what is wrong with them.
     """
-    settings, seed, data = recipe.evaluation, recipe.seed, recipe.held_out
-    if not isinstance(data, FilesConfig):
-        data = data.model_copy(update={"rounds": (1, 1)})
-        dialogues = bundled_dialogues("test", data, seed).batch(0, range(settings.quick_dialogues))
-        look = Look("held_out_accuracy", evaluate(model, processor, dialogues, settings.batch_size).accuracy)
-    else:
-        source = make_source(data, "test", seed, processor, batch_size=settings.batch_size, cache=cache)
-        loss = held_out_loss(model, processor, source, settings.quick_dialogues, settings.batch_size)
-        look = Look("held_out_loss", loss)
-    model.train()
-    return look
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processors: Sequence[Processor],
+        tell: Callable[[str], None] = tell,
+        cache: Path | None = None,
+    ) -> None:
+        self.settings, data = recipe.evaluation, recipe.held_out
+        self.dialogues: list[Dialogue] = []
+        self.sources: dict[Processor, SampleSource] = {}
+        if isinstance(data, FilesConfig):
+            try:
+                for processor in dict.fromkeys(processors):
+                    self.sources[processor] = make_source(
+                        data,
+                        "test",
+                        recipe.seed,
+                        processor,
+                        batch_size=self.settings.batch_size,
+                        tell=tell,
+                        cache=cache,
+                    )
+            except ValueError as error:
+                raise ValueError(f"evaluation.data: {error}") from error
+        else:
+            data = data.model_copy(update={"rounds": (1, 1)})
+            source = bundled_dialogues("test", data, recipe.seed)
+            self.dialogues = source.batch(0, range(self.settings.quick_dialogues))
+
+    def look(self, model: VLM, processor: Processor) -> Look:
+        """The accuracy of first answers where the data are bundled dialogues, and else the loss.
+
+        The model is left in training mode.
+
+        Args:
+            processor: one of those given at the start, that of the stage.
+        """
+        count, batch_size = self.settings.quick_dialogues, self.settings.batch_size
+        if self.dialogues:
+            look = Look("held_out_accuracy", evaluate(model, processor, self.dialogues, batch_size).accuracy)
+        else:
+            loss = held_out_loss(model, processor, self.sources[processor], count, batch_size)
+            look = Look("held_out_loss", loss)
+        model.train()
+        return look
 
 
 @torch.no_grad()

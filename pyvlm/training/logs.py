@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -15,7 +16,7 @@ from pyvlm.training.curves import write_curves
 from pyvlm.training.heldout import Look
 from pyvlm.training.recipe import Recipe
 from pyvlm.training.runfolder import RunFolder
-from pyvlm.training.trackers import start_trackers
+from pyvlm.training.trackers import finish_trackers, start_trackers
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
@@ -71,11 +72,11 @@ class TrainingLog:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not isinstance(value, OSError):  # on a full disk it would only fail again
-            self.flush()
-        for tracker in self.trackers:
-            tracker.finish()
-        self.bar.close()
+        with ExitStack() as last:  # in reverse, whatever one of them raises
+            last.callback(self.bar.close)
+            last.callback(finish_trackers, self.trackers, failed=kind is not None)
+            if not isinstance(value, OSError):  # on a full disk it would only fail again
+                self.flush()
         if self.show and kind is None:
             for line in describe_time(self.run.read_metrics()):
                 tqdm.write(line)

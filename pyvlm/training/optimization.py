@@ -49,7 +49,7 @@ def make_optimizer(model: VLM, stage: Stage) -> AdamW:
                     groups.append({"params": members, "part": part, "weight_decay": decay, "scale": scale})
     if not groups:
         raise ValueError(f"the model has no parameters in the parts to train, {stage.train}")
-    return AdamW(groups, lr=0.0, betas=stage.betas, fused=True)
+    return AdamW(groups, lr=0.0, betas=stage.betas, eps=stage.eps, fused=True)
 
 
 def layer_scales(model: VLM, stage: Stage) -> dict[nn.Parameter, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from pyvlm.models.config import Config
-from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Round, Split
+from pyvlm.training.dialogue import MAX_IMAGES, Dialogue, Round, Split, check_counts, draw_rounds
 
 LONGEST_SIDE = 192  # of a photograph before it is cropped: models of the bundled data see a few dozen pixels
 Kind = Literal["what", "where", "upright", "count"]
@@ -22,17 +22,10 @@ Kind = Literal["what", "where", "upright", "count"]
 
 @cache
 def photographs() -> dict[str, np.ndarray]:
-    """The word for each photograph, and its pixels, uint8 [h, w, 3].
-
-    Raises:
-        ValueError: scikit-image is missing.
-    """
+    """The word for each photograph, and its pixels, uint8 [h, w, 3]."""
+    from skimage import data
     from sklearn.datasets import load_sample_images
 
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise ValueError(f"the photographs are scikit-image's: pip install scikit-image ({error})") from None
     temple, flower = load_sample_images().images
     pictures = {
         "astronaut": data.astronaut(),
@@ -112,9 +105,7 @@ class PhotosConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> "PhotosConfig":
-        for name, (low, high) in (("images", self.images), ("rounds", self.rounds)):
-            if low > high:
-                raise ValueError(f"{name} {[low, high]}: give the fewest first, then the most")
+        check_counts(images=self.images, rounds=self.rounds)
         if not any(weight for kind, weight in self.questions.items() if kind != "where"):
             raise ValueError(
                 f"questions {self.questions}: some dialogues could ask none; give what, upright or count "
@@ -148,16 +139,10 @@ class PhotoDialogues:
         images = [
             self._crop(pictures[word], stands, rng) for word, stands in zip(words, upright, strict=True)
         ]
-        kinds = [kind for kind, weight in config.questions.items() if weight]
-        shares = np.array([config.questions[kind] for kind in kinds])
-        rounds: list[Round] = []
-        wanted = int(rng.integers(config.rounds[0], config.rounds[1] + 1))
-        while len(rounds) < wanted:
-            kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
-            asked = QUESTIONS[kind](words, upright, rng)
-            if asked is not None:
-                rounds.append(asked)
-        return Dialogue(images, tuple(words), tuple(rounds))
+        rounds = draw_rounds(
+            config.questions, config.rounds, lambda kind: QUESTIONS[kind](words, upright, rng), rng
+        )
+        return Dialogue(images, tuple(words), rounds)
 
     def _crop(self, picture: np.ndarray, upright: bool, rng: np.random.Generator) -> np.ndarray:
         sides = []

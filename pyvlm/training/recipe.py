@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from tokenizers import Tokenizer
 
 from pyvlm.data.files import FilesConfig
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
@@ -46,7 +47,10 @@ class Stage(Config):
         layer_decay: of a part that is a stack of layers, the factor from each layer's rate to that of the
             one below (Qwen-VL has 0.95 for vision): see `pyvlm.training.optimization.layer_scales`.
         weight_decay: AdamW's (arXiv 1711.05101), on matrices and embeddings only.
+        eps: AdamW's, beside the square root of the second moment.
         clip_norm: bound on the gradients' norm.
+        label_smoothing, z_loss: of the loss that is minimised, as in `pyvlm.ops.linear_cross_entropy`. The
+            loss that is logged has them in it; the one on held-out data is plain cross-entropy.
         keep_optimizer: go on with the moments that AdamW had at the end of the stage before, for the parts
             that learned there, and not with none. A new mixture of dialogues is then less of a shock: on
             digits, what was 94 % right fell to 9 % with a fresh AdamW and to 65 % with the old moments.
@@ -72,7 +76,10 @@ class Stage(Config):
     layer_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    z_loss: Rate = 0.0
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None
     image_size: Positive | None = None
@@ -239,7 +246,8 @@ class Recipe(Config):
                 f"stage {reads_files[0]!r} reads files, and the tokenizer knows the words of the bundled "
                 "dialogues only: take that of the language model (tokenizer: language, --lm FOLDER)"
             )
-        if self.tokenizer == "words" and self.model.language.vocab_size != (words := self._words()):
+        words = self._tokenizer().get_vocab_size() if self.tokenizer == "words" else None
+        if words is not None and self.model.language.vocab_size != words:
             raise ValueError(
                 f"model.language.vocab_size is {self.model.language.vocab_size}, and the dialogues have "
                 f"{words} words: leave it out"
@@ -322,12 +330,13 @@ class Recipe(Config):
                 model.language.pretrained, model.image, model.tokens_per_image, model.tiling
             )
         return Processor(
-            words_of(stage.data.source for stage in self.stages.values()),
+            self._tokenizer(),
             ProcessorConfig(image=model.image, tiling=model.tiling, tokens_per_image=model.tokens_per_image),
         )
 
-    def _words(self) -> int:
-        return words_of(stage.data.source for stage in self.stages.values()).get_vocab_size()
+    def _tokenizer(self) -> Tokenizer:
+        """That of the words of the bundled dialogues that the stages learn from."""
+        return words_of(stage.data.source for stage in self.stages.values())
 
 
 def _source_of(stage: Any) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyvlm.data.source import Messages
 from pyvlm.models.generation import outlasts_its_prompt
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.models.streaming import TextStream
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.attention import KeyValueCache
-from pyvlm.training.conversation import Messages
 
 MAX_ANSWER_TOKENS = 48  # of a dialogue about digits: five words an image, of up to nine, and some more
 PER_TOKEN = ("input_ids", "labels")  # what else a sample holds has entries for its images

@@ -5,6 +5,8 @@ environment.json  for each time the run was begun or gone on with: versions, com
 metrics.jsonl     one line a step, one a profiled step, and one an evaluation
 curves.png        the same as a picture, at most a minute behind the last checkpoint
 tensorboard/      the same for TensorBoard
+wandb/            the same for W&B, where the recipe names it
+run_id            what W&B and Trackio know the run by
 checkpoint/       what training goes on from: model, optimizer, position
 lengths/          how long the samples of data files are, unless their `cache` keeps it elsewhere
 stages/NAME/      the model at the end of each stage, where the recipe keeps them
@@ -15,6 +17,7 @@ model/            the trained model, written at the end
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -133,6 +136,13 @@ class RunFolder:
         """Forgets what was logged after `step`: it is about to be computed again."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         write_file(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def identity(self) -> str:
+        """Eight hexadecimal digits, made when they are first asked for; the run keeps them."""
+        path = self.path / "run_id"
+        if not path.exists():
+            write_file(path, secrets.token_hex(4).encode())
+        return path.read_text(encoding="utf-8").strip()
 
     def note_start(self, facts: Mapping[str, Any]) -> None:
         """Appends to environment.json; a file that cannot be read is begun anew."""

@@ -8,7 +8,7 @@ from pyvlm.models.config import ImageConfig
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
-from pyvlm.training.pictures import read_strokes
+from pyvlm.training.pictures import read_picture
 from pyvlm.training.recipe import load_recipe
 
 
@@ -36,21 +36,19 @@ def _read_file(path: str, processor: Processor, limit: int) -> Iterator[Sample]:
     for index in range(min(limit, len(file))):
         try:
             messages = file[index].messages
-            yield processor.encode(_with_strokes(messages, processor.config.image))
+            yield processor.encode(_with_pictures(messages, processor.config.image))
         except ValueError as error:
             raise ValueError(f"{path}, {file.place(index)}: {error}") from error
 
 
-def _with_strokes(messages: Messages, image: ImageConfig) -> Messages:
-    """The conversation as models of grey images take it, which see strokes: as in `pyvlm chat`."""
-    if image.channels != 1:
-        return messages
+def _with_pictures(messages: Messages, image: ImageConfig) -> Messages:
+    """The conversation with its image files read as the model takes them, as in `pyvlm chat`."""
     seen = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
             content = [
-                {**part, "image": read_strokes(part["image"], image.size)[0]}
+                {**part, "image": read_picture(part["image"], image)[0]}
                 if part["type"] == "image" and isinstance(part["image"], str)
                 else part
                 for part in content

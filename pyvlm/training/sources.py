@@ -3,13 +3,13 @@
 Like `pyvlm.data.source.Source`, everything here is a pure function of seed, step and index.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from pydantic import Discriminator, Tag
 
+from pyvlm._tell import tell
 from pyvlm.data.files import FilesConfig, FilesSource
 from pyvlm.data.source import Messages, Source
 from pyvlm.models.processor import Processor, Sample
@@ -88,7 +88,7 @@ def make_source(
     *,
     batch_size: int,
     first_step: int = 0,
-    tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
+    tell: Callable[[str], None] = tell,
     cache: Path | None = None,
 ) -> SampleSource:
     """The samples that a `data` entry describes.

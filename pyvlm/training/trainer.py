@@ -11,7 +11,6 @@ import errno
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyvlm._tell import tell
 from pyvlm.models.checkpoint import SafetensorError
 from pyvlm.models.config import MoEConfig
 from pyvlm.models.pretrained_vision import TransformersTower
@@ -33,7 +33,8 @@ from pyvlm.models.resolution import change_image_size
 from pyvlm.models.vlm import VLM
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
-from pyvlm.training.heldout import best_look, look_at_held_out
+from pyvlm.training.flops import StepCosts, Workload
+from pyvlm.training.heldout import HeldOut, best_look
 from pyvlm.training.logs import StagePlan, TrainingLog
 from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
 from pyvlm.training.precision import hold_frozen
@@ -42,7 +43,7 @@ from pyvlm.training.recipe import Recipe, Stage
 from pyvlm.training.runfolder import RunFolder
 from pyvlm.training.sources import SampleSource, make_source
 from pyvlm.training.trackers import check_trackers
-from pyvlm.training.utilization import FlopCounter, measured_limit
+from pyvlm.training.utilization import measured_limit
 
 Batch = dict[str, Any]  # of Processor.collate; images are None where there are none
 SECONDS_BETWEEN_DRAWINGS = 60.0  # of curves.png; one took 0.5 s
@@ -121,13 +122,11 @@ class Trainer:
         self.processors = stage_processors(recipe)
         self.processor = self.processors[0]
         # All data are opened before anything is trained: what is wrong with them is told now.
+        to_tell, cache = tell if run.main else lambda line: None, run.lengths
         self.sources, self.plan = open_sources(
-            recipe,
-            self.processors,
-            accelerator.num_processes,
-            accelerator.print if run.main else lambda line: None,
-            run.lengths,
+            recipe, self.processors, accelerator.num_processes, to_tell, cache
         )
+        self.held_out = HeldOut(recipe, self.processors, to_tell, cache) if recipe.evaluation.every else None
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
         self.optimizer_state = restored.optimizer if restored else None
@@ -136,6 +135,7 @@ class Trainer:
         check_parts(self.model, recipe.stages.items())
         self.forward: torch.nn.Module = self.model
         self.optimizer: Optimizer | None = None
+        self.costs: StepCosts | None = None  # of the stage, once they are asked for
         if run.main:
             run.note_start(describe_start(self.position.total, accelerator.num_processes))
         self.log = TrainingLog(run, recipe, self.plan, self.position.total, progress)
@@ -166,8 +166,8 @@ class Trainer:
             total = self.position.total + 1
             self.measured_step(index, stage, step, total)
             self.position = Position(index, step + 1, total)
-            if self.recipe.evaluation.every and total % self.recipe.evaluation.every == 0:
-                self.look(total)
+            if self.held_out is not None and total % self.recipe.evaluation.every == 0:
+                self.look(total, self.held_out)
             if step + 1 == steps and self.recipe.keep_stages and self.run.main:
                 facts = {"stage": self.plan[index].name, "step": total}
                 save_model(self.run.stages / self.plan[index].name, self.model, self.processor, facts)
@@ -194,6 +194,7 @@ class Trainer:
         elif stage.keep_optimizer and self.optimizer is not None:
             keep_moments(self.optimizer, optimizer)
         self.optimizer, self.optimizer_state = optimizer, None
+        self.costs = None
         self.log.flops_per_token = 0.0
         return optimizer
 
@@ -203,28 +204,37 @@ class Trainer:
         vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
 
     def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
-        """A step and its line in the log. Where a step's time is to be split, FLOPs are counted in the step
-        before it, since counting takes time; which steps these are does not depend on interruptions."""
-        every = self.recipe.profile_every
-        if every and (total + 1) % every == 0:
-            with FlopCounter() as counter:
-                loss, tokens = self.train_step(stage, index, step, total, NoProfile())
-            self.log.flops_per_token = counter.total * self.accelerator.num_processes / tokens
-            limit = measured_limit(self.accelerator.device, self.recipe.precision)
-            self.log.limit = limit * self.accelerator.num_processes
-        elif every and total % every == 0:
-            with StepProfile(self.model, self.accelerator.device) as profile:
-                loss, tokens = self.train_step(stage, index, step, total, profile)
-            self.log.profile(total, profile.seconds, tokens)
-        else:
-            loss, tokens = self.train_step(stage, index, step, total, NoProfile())
+        """A step and its line in the log, and where its time went if that is to be told. Which steps these
+        are does not depend on interruptions."""
         assert self.optimizer is not None
+        every = self.recipe.profile_every
+        if not every or total % every:
+            loss, tokens, _ = self.train_step(stage, index, step, total, NoProfile())
+            self.log.step(total, index, loss, self.optimizer, tokens)
+            return
+        with StepProfile(self.model, self.accelerator.device) as profile:
+            loss, tokens, batches = self.train_step(stage, index, step, total, profile)
         self.log.step(total, index, loss, self.optimizer, tokens)
+        self.log.flush()  # before FLOPs are counted, which takes time
+        processes, device = self.accelerator.num_processes, self.accelerator.device
+        self.log.flops_per_token = self.count_flops(stage, batches) * processes / tokens
+        self.log.limit = measured_limit(device, self.recipe.precision) * processes
+        self.log.profile(total, profile.seconds, tokens)
+        self.log.forget_pause()
+
+    def count_flops(self, stage: Stage, batches: Sequence[Batch]) -> int:
+        """FLOPs that the model takes for batches, forward and backward, nothing of it twice."""
+        config = self.model.config
+        if self.costs is None:
+            self.costs = StepCosts(config, stage.train)
+        costs = [self.costs.of(Workload.of_batch(config, batch)) for batch in batches]
+        return sum(cost.total for of_batch in costs for cost in of_batch.values())
 
     def train_step(
         self, stage: Stage, index: int, step: int, total: int, profile: Profile
-    ) -> tuple[Tensor, int]:
-        """One optimizer step: the mean loss over its labelled tokens, and how many tokens were read."""
+    ) -> tuple[Tensor, int, list[Batch]]:
+        """One optimizer step: the mean loss over its labelled tokens, how many tokens were read by all
+        processes, and this one's batches."""
         accelerator, optimizer = self.accelerator, self.optimizer
         assert optimizer is not None
         seed_everything(self.recipe.seed, total, accelerator.process_index)
@@ -243,7 +253,7 @@ class Trainer:
         moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
             with accelerator.accumulate(self.forward):
-                output = self.forward(**batch)
+                output = self.forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
                 # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
                 # are averaged over processes.
                 share = count * accelerator.num_processes / max(1, all_labelled)
@@ -258,7 +268,7 @@ class Trainer:
             loss += micro_loss.detach()
             moe_stats.append(output.moe_stats)
         self.model.update_router(*moe_stats)
-        return accelerator.reduce(loss, "mean"), all_tokens
+        return accelerator.reduce(loss, "mean"), all_tokens, batches
 
     def save(self, optimizer: Optimizer) -> None:
         self.log.draw(SECONDS_BETWEEN_DRAWINGS)
@@ -267,11 +277,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.log.forget_pause()
 
-    def look(self, step: int) -> None:
+    def look(self, step: int, held_out: HeldOut) -> None:
         """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
         if self.run.main:
             with self.accelerator.autocast():
-                look = look_at_held_out(self.model, self.processor, self.recipe, self.run.lengths)
+                look = held_out.look(self.model, self.processor)
             if look.beats(self.best):
                 save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
                 self.best = look
@@ -280,17 +290,19 @@ class Trainer:
 
 
 def stage_processors(recipe: Recipe) -> list[Processor]:
-    """The processor of each stage, for dialogues; a tokenizer is read once."""
-    first = recipe.processor()
-    models = [recipe.model_in(name) for name in recipe.stages]
-    return [first.changed(image=model.image, tokens_per_image=model.tokens_per_image) for model in models]
+    """The processor of each stage, for dialogues: one and the same as long as images keep their size."""
+    processors = [recipe.processor()]
+    for model in map(recipe.model_in, recipe.stages):
+        of_last = processors[-1]
+        processors.append(of_last.changed(image=model.image, tokens_per_image=model.tokens_per_image))
+    return processors[1:]
 
 
 def open_sources(
     recipe: Recipe,
     processors: Sequence[Processor],
     processes: int = 1,
-    tell: Callable[[str], None] = lambda line: print(f"pyvlm: {line}", file=sys.stderr),
+    tell: Callable[[str], None] = tell,
     cache: Path | None = None,
 ) -> tuple[list[SampleSource], list[StagePlan]]:
     """The data of every stage, in its form, and how much there is to do.

@@ -10,10 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from pyvlm.data.bad_records import BadRecord
+from pyvlm.data.source import Messages
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.models.tower_config import ImageConfig
 from pyvlm.models.vlm import VLM
-from pyvlm.training.conversation import Messages
 from pyvlm.training.pictures import read_picture
 from pyvlm.training.replies import reply_to_samples
 from pyvlm.training.vqa import Question, Skipped

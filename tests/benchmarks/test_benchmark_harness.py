@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention.cases import CASES, LARGE_CASES, SMALL_CASES
+from attention.cases import CASES, LARGE_CASES
 
 from benchmarks.__main__ import main
-from benchmarks.attention import OPERATION, visible_pairs, workload
+from benchmarks.attention import OPERATION, workload
 from benchmarks.harness.measure import interleave, peak_memory, summary
 from benchmarks.harness.report import table
 from benchmarks.harness.run import QUICK, TIMED, UNAVAILABLE, WRONG, measure
 from benchmarks.harness.workload import FORWARD, TRAINING, Provider, Unavailable
-from pyvlm.spans import AttentionSpans
 
 CPU = torch.device("cpu")
 BY_NAME = {case.name: case for case in CASES}
@@ -175,21 +174,6 @@ class TestNoWrongAnswerIsTimed:
 
 
 class TestUsefulFlops:
-    @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
-    def test_visible_pairs_are_those_of_the_dense_mask(self, case):
-        spans = case.spans()
-        dense = spans.dense()
-        assert visible_pairs(spans) == (dense if spans.separate else dense.any(1)).sum()
-
-    @pytest.mark.parametrize("separate", [False, True])
-    def test_overlapping_ranges(self, separate):
-        bounds = torch.tensor([[[[0, 4], [2, 6]], [[5, 6], [0, 1]], [[3, 3], [1, 5]]]], dtype=torch.int32)
-        key_class = torch.tensor([[1, 2, 1, 2, 0, 1]], dtype=torch.uint8)
-        for classes in [(2, 4), (6, 6), (6, 2)]:
-            spans = AttentionSpans(bounds, key_class, classes, separate)
-            dense = spans.dense()
-            assert visible_pairs(spans) == (dense if separate else dense.any(1)).sum()
-
     def test_flops_of_the_causal_mask(self):
         case = BY_NAME["causal"]
         costs = workload(case, CPU, torch.float32).costs

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import tiny_languages
+from models.chat_folders import FAMILIES, write_folder
 from PIL import Image
 
 from pyvlm.cli import main
@@ -103,6 +105,19 @@ def test_show_of_a_saved_model_and_a_cut(data: str, tmp_path: Path, capsys) -> N
         assert "mask of rule causal" in printed
 
 
+def test_show_of_a_full_size_recipe_takes_the_template_of_its_language_model(
+    data: str, tmp_path: Path, capsys
+) -> None:
+    tiny_languages.save("llama", write_folder(tmp_path / "lm", FAMILIES["llama-3"]), vocab_size=400)
+    options = ["--recipe", "llava-1.5", "--lm", str(tmp_path / "lm"), "--set", "wording.chat_template=null"]
+    assert main(["data", "show", data, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "<|start_header_id|>" in printed
+    assert "<image> ×576" in printed  # noqa: RUF001
+    assert main(["data", "check", data, *options]) == 0
+    assert "\ntokens: " in capsys.readouterr().out
+
+
 def test_documents_of_a_pack_do_not_see_each_other() -> None:
     recipe = load_recipe("demo")
     processor = recipe.processor()
@@ -164,6 +179,9 @@ def test_check_decodes_where_asked(data: str, capsys) -> None:
         (["show", "DATA", "--model", "no/such"], "no such folder"),
         (["show", "DATA", "--recipe", "demo", "--png", "no/such/mask.png"], "no/such/mask.png: cannot be"),
         (["check", "DATA", "--images", "no/such"], "no such folder of images"),
+        (["show", "DATA", "--recipe", "llava-1.5"], "give its folder with --lm"),
+        (["show", "DATA", "--lm", "x", "--seed", "0"], "--lm, --seed: of a recipe, and none is named"),
+        (["check", "DATA", "--recipe", "demo", "--variant", "slow"], "no variant 'slow'"),
     ],
 )
 def test_mistakes_are_one_line(data: str, arguments: list[str], message: str, capsys) -> None:

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyvlm.cli import main
-from pyvlm.layout import RULES, TokenLayout
+from pyvlm.layout import TokenLayout
 from pyvlm.models import VLMConfig
 from pyvlm.models.vlm import VLM
 from pyvlm.training.budget import make_budget
 from pyvlm.training.budget_table import align, human
-from pyvlm.training.flops import StepCosts, Workload, count_pairs, expected_slots, moe_layers, skeleton, total
+from pyvlm.training.flops import StepCosts, Workload, expected_slots, moe_layers, skeleton, total
 from pyvlm.training.recipe import load_recipe
 
 PARTS = ["vision", "fusion", "connector", "language", "moe"]
@@ -98,18 +98,6 @@ def test_a_step_is_what_torch_counts(train, language):
     assert inside + dense == of_module["VLM.language"]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("window", [None, 3])
-def test_pairs_are_those_of_the_mask(rule, window):
-    """Of separate streams each has its own; where ranges overlap, a pair counts once."""
-    kind = torch.tensor([[1, 2, 2, 1, 1, 2, 2, 2, 1, 1], [0, 0, 1, 1, 2, 2, 1, 1, 2, 1]], dtype=torch.uint8)
-    document = torch.tensor([[0] * 5 + [1] * 5, [0] * 10], dtype=torch.int32)
-    first = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]).bool()
-    spans = TokenLayout(kind, document=document, prefix=first).spans(rule, window)
-    seen = spans.dense() if spans.separate else spans.dense().any(1)
-    assert count_pairs(spans) == seen.sum()
-
-
 ENCODERS = {
     "clip": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
     "siglip": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8},
@@ -119,6 +107,13 @@ ENCODERS = {
         "image_size": 64,
         "hidden_sizes": [8, 16, 24, 32],
         "depths": [1] * 4,
+    },
+    "layoutlmv3": {
+        "model_type": "layoutlmv3",
+        "input_size": 32,
+        "patch_size": 8,
+        "coordinate_size": 4,
+        "shape_size": 8,
     },
 }
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -319,6 +314,15 @@ def test_the_table_and_the_json_agree(tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, said, capsys):
     assert main(["budget", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_rate_is_what_utilisation_is_measured_against(small_recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pyvlm.training.budget.measured_limit", lambda *given: asked.append(given) or 5e9)
+    made = make_budget(small_recipe(precision="bf16"))
+    assert made.rate == 5e9
+    assert made.rate_source == "torch.mm in bf16, measured here"
+    assert [precision for _, precision in asked] == ["bf16"]
 
 
 def test_a_rate_is_a_number_above_zero(capsys):

@@ -224,6 +224,19 @@ def test_a_saved_conversation_can_be_read_again(model, paths, tmp_path, name):
         assert torch.equal(read["images"], expected["images"])
 
 
+def test_conversations_of_a_file_show_models_of_colour_the_pictures_themselves(model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgb.png")
+    parts = [{"type": "image", "image": "rgb.png"}, {"type": "text", "text": "which digit"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "3"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    _, processor = model(image={"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    (read,) = read_samples(str(tmp_path / "chat.jsonl"), processor, 5)
+    shown = [{"type": "image", "image": pixels}, parts[1]]
+    expected = processor.encode([{"role": "user", "content": shown}, turns[1]])
+    assert torch.equal(read["images"], expected["images"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("0.png", r"ends in \.json"), ("no/such/folder.json", "cannot be written")]
 )

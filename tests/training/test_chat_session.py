@@ -185,7 +185,6 @@ class Terminal:
         os.close(self.screen)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs pseudo-terminals")
 def test_on_a_terminal(session, paths, tmp_path):
     chat = session().chat
     model, processor = chat.speaker.model, chat.processor

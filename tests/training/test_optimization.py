@@ -32,6 +32,14 @@ def test_a_piece_of_a_part_learns_alone(small_recipe):
         check_parts(model, [("one", stage_of(train=["vision.eye"]))])
 
 
+def test_what_one_stage_freezes_the_next_one_frees(small_recipe):
+    model = VLM(small_recipe().model)
+    for part in ("connector", "vision", "connector"):
+        make_optimizer(model, stage_of(train=[part]))
+        learn = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        assert learn == set(model.parts()[part])
+
+
 def test_every_parameter_that_learns_is_in_one_group(small_recipe):
     model = VLM(small_recipe().model)
     stage = stage_of(train=["vision", "moe"], layer_decay={"vision": 0.5})
@@ -45,6 +53,14 @@ def test_every_parameter_that_learns_is_in_one_group(small_recipe):
         assert set(matrices) == {group["weight_decay"] > 0}
     assert [p.requires_grad for p in parts["language"]] == [False] * len(parts["language"])
     assert all(p.requires_grad for p in parts["moe"])
+
+
+def test_adamw_has_the_moments_and_the_eps_of_the_stage(small_recipe):
+    model = VLM(small_recipe().model)
+    for stage in (stage_of(betas=(0.8, 0.9), eps=1e-3), stage_of()):
+        for group in make_optimizer(model, stage).param_groups:
+            assert (group["betas"], group["eps"]) == (stage.betas, stage.eps)
+    assert stage_of().eps == 1e-8
 
 
 def test_rates_decay_from_layer_to_layer(small_recipe):

@@ -19,13 +19,30 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture
-def recipe(small_recipe, monkeypatch):
+@pytest.fixture(scope="module")
+def recipe(small_recipe):
     """A model whose weights came in bf16; its language model learns in the second stage only."""
-    monkeypatch.setattr(trainer, "new_model", lambda recipe: NEW_MODEL(recipe).bfloat16().float())
     stages = {"one": {"steps": 3, "train": ["connector", "fusion"]}, "two": {"steps": 3}}
     options = {"evaluation": {"every": 2}, "trackers": [], "keep_stages": True, "profile_every": 0}
-    return small_recipe(stages=stages, precision="bf16", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "new_model", lambda recipe: NEW_MODEL(recipe).bfloat16().float())
+        yield small_recipe(stages=stages, precision="bf16", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """An uninterrupted run: its folder, its model, and in which dtype a weight was held in each step."""
+    folder, models, dtypes = tmp_path_factory.mktemp("whole"), [], []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def held(model, dtype):
+            models.append(model)
+            hold_frozen(model, dtype)
+
+        patch.setattr(trainer, "hold_frozen", held)
+        watch = lambda step: dtypes.append(models[-1].get_parameter(HELD).dtype)  # noqa: E731
+        model = train(recipe, folder, progress=False, after_step=watch).model
+    return folder, model, dtypes
 
 
 def losses(folder):
@@ -39,38 +56,31 @@ def assert_same(given, expected) -> None:
         assert torch.equal(given.state_dict()[name], tensor), name
 
 
-def test_nothing_but_the_memory_changes(tmp_path, recipe, monkeypatch) -> None:
-    models, dtypes = [], []
-
-    def held(model, dtype):
-        models.append(model)
-        hold_frozen(model, dtype)
-
-    monkeypatch.setattr(trainer, "hold_frozen", held)
-    watch = lambda step: dtypes.append(models[-1].get_parameter(HELD).dtype)  # noqa: E731
-    half = train(recipe, tmp_path / "half", progress=False, after_step=watch).model
+def test_nothing_but_the_memory_changes(tmp_path, recipe, whole, monkeypatch) -> None:
+    folder, model, dtypes = whole
     assert dtypes == [torch.bfloat16] * 3 + [torch.float32] * 3
     monkeypatch.setattr(trainer, "hold_frozen", lambda model, dtype: None)
-    full = train(recipe, tmp_path / "full", progress=False).model
-    assert losses(tmp_path / "half") == losses(tmp_path / "full")
-    assert_same(half, full)
+    full = train(recipe, tmp_path, progress=False).model
+    assert losses(folder) == losses(tmp_path)
+    assert_same(model, full)
     for name in ("stages/one", "best", "model"):
-        assert_same(*(VLM.from_pretrained(tmp_path / run / name) for run in ("half", "full")))
+        assert_same(VLM.from_pretrained(folder / name), VLM.from_pretrained(tmp_path / name))
 
 
-@pytest.mark.parametrize("killed", [2, 3])  # while weights are held, and where they begin to learn
-def test_resuming_is_exact(tmp_path, recipe, killed: int) -> None:
-    whole = train(recipe, tmp_path / "whole", progress=False).model
+# While weights are held, and where they begin to learn.
+@pytest.mark.parametrize("killed", [2, 3])
+def test_resuming_is_exact(tmp_path, recipe, whole, killed: int) -> None:
+    folder, model, _ = whole
 
     def kill(done: int) -> None:
         if done == killed:
             raise Killed
 
     with pytest.raises(Killed):
-        train(recipe, tmp_path / "cut", progress=False, after_step=kill)
-    again = train(recipe, tmp_path / "cut", progress=False).model
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert_same(again, whole)
+        train(recipe, tmp_path, progress=False, after_step=kill)
+    again = train(recipe, tmp_path, progress=False).model
+    assert losses(tmp_path) == losses(folder)
+    assert_same(again, model)
 
 
 def test_only_what_loses_no_bit_is_held() -> None:

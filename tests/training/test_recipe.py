@@ -67,6 +67,11 @@ def test_overrides_and_defaults(write_recipe):
         ({"trackers": ["paper"]}, "trackers.0: .*'tensorboard'"),
         ({"stages": {"one": {"lr": {"vision": 1.0}}}}, "give a rate for each part"),
         ({"stages": {"one": {"accumulation": 3}}}, "no multiple of accumulation"),
+        (
+            {"stages": {"one": {"label_smoothing": 1.5}}},
+            "stages.one.label_smoothing: .*less than or equal to 1",
+        ),
+        ({"stages": {"one": {"z_loss": -1.0}}}, "stages.one.z_loss: .*greater than or equal to 0"),
         ({"model": {"language": {"vocab_size": 7}}}, "vocab_size is 7"),
     ],
 )

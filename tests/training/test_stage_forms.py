@@ -12,9 +12,8 @@ from PIL import Image
 from pyvlm.cli import main
 from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
-from pyvlm.training import trainer
 from pyvlm.training.budget import make_budget
-from pyvlm.training.heldout import Look
+from pyvlm.training.heldout import HeldOut, Look
 from pyvlm.training.recipe import load_recipe
 from pyvlm.training.recipe_card import card
 from pyvlm.training.trainer import open_sources, stage_processors, train
@@ -26,7 +25,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def larger(small_recipe):
     """Stages at 8, 16 and 16 pixels; the first of captions, the last with the moments of the one before."""
 
@@ -47,11 +46,17 @@ def losses(folder: Path):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, larger):
+    """What an uninterrupted run leaves, and its losses."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(larger(), folder, progress=False), losses(folder)
+
+
 # Before, at and behind the border at which images grow, and within the stage after it.
 @pytest.mark.parametrize("killed", [2, 3, 5, 7])
-def test_larger_images_survive_resuming(tmp_path, larger, killed: int) -> None:
-    recipe = larger()
-    whole = train(recipe, tmp_path / "whole", progress=False)
+def test_larger_images_survive_resuming(tmp_path, larger, whole, killed: int) -> None:
+    recipe, (whole, expected) = larger(), whole
     assert whole.model.config.image.size == 16
     assert whole.model.vision_towers["vit"].position.shape == (16, 16)
     assert whole.processor.config.image.size == 16
@@ -66,7 +71,7 @@ def test_larger_images_survive_resuming(tmp_path, larger, killed: int) -> None:
     saved = json.loads((tmp_path / "cut" / "checkpoint" / "config.json").read_text())
     assert saved["image"]["size"] == (16 if killed > 3 else 8)
     again = train(recipe, tmp_path / "cut", progress=False).model
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == expected
     reloaded = VLM.from_pretrained(tmp_path / "cut" / "model")
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -77,11 +82,11 @@ def test_larger_images_survive_resuming(tmp_path, larger, killed: int) -> None:
 def test_what_is_saved_on_the_way_has_the_size_in_force(tmp_path, larger, monkeypatch) -> None:
     sizes = []
 
-    def look(model, processor, recipe, cache):
+    def look(held_out, model, processor):
         sizes.append((model.config.image.size, processor.config.image.size, processor.config.form))
         return Look("held_out_accuracy", len(sizes))
 
-    monkeypatch.setattr(trainer, "look_at_held_out", look)
+    monkeypatch.setattr(HeldOut, "look", look)
     recipe = larger(keep_stages=True)
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"every": 3})})
     train(recipe, tmp_path, progress=False)
@@ -90,6 +95,29 @@ def test_what_is_saved_on_the_way_has_the_size_in_force(tmp_path, larger, monkey
         processor = Processor.from_pretrained(tmp_path / name)
         assert processor.config.image.size == VLM.from_pretrained(tmp_path / name).config.image.size == size
         assert processor.config.form == "dialogue"
+
+
+def test_held_out_files_are_seen_in_the_size_of_the_stage(tmp_path, larger) -> None:
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "one.png")
+    content = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which"}]},
+        {"role": "assistant", "content": "3"},
+    ]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "one.png", "messages": content}))
+    data = {"source": "files", "path": str(tmp_path / "data.jsonl")}
+    recipe = larger()
+    recipe = type(recipe).model_validate(recipe.model_dump() | {"evaluation": {"data": data}})
+    processors = stage_processors(recipe)
+    assert processors[1] is processors[2]
+    held_out = HeldOut(recipe, processors)
+    assert len(held_out.sources) == 2
+    for stage, processor in zip(recipe.stages, processors, strict=True):
+        torch.manual_seed(0)
+        model = VLM(recipe.model_in(stage))
+        sample = processor.collate(held_out.sources[processor].samples(0, [0]))
+        look = held_out.look(model, processor)
+        assert sample["images"].shape[-1] == model.config.image.size
+        assert look.value == pytest.approx(model.eval()(**sample).cross_entropy.item())
 
 
 def test_each_stage_reads_samples_in_its_form_and_size(larger) -> None:
@@ -153,7 +181,9 @@ def test_data_show_of_a_stage(tmp_path, larger, capsys) -> None:
     assert main([*command, "--stage", "four"]) == 2
     assert "has the stages one, two, three" in capsys.readouterr().err
     assert main([*command[:3], "--stage", "one"]) == 2
-    assert "give --recipe RECIPE" in capsys.readouterr().err
+    assert "--stage: of a recipe, and none is named" in capsys.readouterr().err
+    assert main([*command, "--stage", "two", "--set", "stages.two.form=plain"]) == 0
+    assert "<user>" not in capsys.readouterr().out
 
 
 FILES = {"source": "files", "path": "a.json"}

@@ -13,9 +13,10 @@ from PIL import Image
 
 from pyvlm.models.processor import Processor
 from pyvlm.models.vlm import VLM
-from pyvlm.training import trainer
+from pyvlm.training import heldout, trainer
 from pyvlm.training.checkpointing import FACTS
-from pyvlm.training.heldout import Look, best_look, held_out_loss
+from pyvlm.training.heldout import HeldOut, Look, best_look, held_out_loss
+from pyvlm.training.recipe import merge
 from pyvlm.training.runfolder import RunFolder
 from pyvlm.training.sources import Encoded, make_source
 from pyvlm.training.trainer import train
@@ -69,12 +70,11 @@ def test_models_of_stages_and_the_best_are_kept_beside_the_final_one(tmp_path, s
     found = iter([0.5, 0.75, 0.75])
     seen = []
 
-    def look(model, processor, recipe, cache):
-        assert cache == tmp_path / "lengths"
+    def look(held_out, model, processor):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return Look("held_out_accuracy", next(found))
 
-    monkeypatch.setattr(trainer, "look_at_held_out", look)
+    monkeypatch.setattr(HeldOut, "look", look)
     recipe = small_recipe(keep_stages=True, trackers=[])
     final = train(recipe, tmp_path, progress=False).model
     best = VLM.from_pretrained(tmp_path / "best").state_dict()
@@ -222,3 +222,33 @@ def test_two_processes_train_what_one_does(tmp_path, small_recipe):
         [line["tokens"] for line in lines_of(tmp_path / name) if "loss" in line] for name in ("one", "two")
     ]
     assert tokens[0] == tokens[1]
+
+
+def held_out_files(path, **changes):
+    return {"evaluation": {"every": 2, "data": {"source": "files", "path": str(path), **changes}}}
+
+
+def test_held_out_files_are_read_once_and_told_of_on_stderr(tmp_path, small_recipe, monkeypatch, capsys):
+    good = {"messages": [{"role": "user", "content": "which"}, {"role": "assistant", "content": "3"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(good)] * 5 + ["{"]))
+    opened = []
+    monkeypatch.setattr(heldout, "make_source", lambda *a, **b: opened.append(a) or make_source(*a, **b))
+    recipe = small_recipe(trackers=[], **held_out_files(tmp_path / "data.jsonl", bad_records="skip"))
+    train(recipe, tmp_path / "run", progress=False)
+    looks = [line for line in lines_of(tmp_path / "run") if "held_out_loss" in line]
+    assert [line["step"] for line in looks] == [2, 4, 6, 8]
+    assert len(opened) == 1
+    out, told = capsys.readouterr()
+    assert out == ""
+    assert told.startswith(f"pyvlm: {tmp_path / 'data.jsonl'}: 1 of 6 records skipped")
+    assert told.count("records skipped") == 1
+
+
+def test_held_out_data_are_opened_before_anything_is_trained(tmp_path, small_recipe):
+    missing = small_recipe(trackers=[], **held_out_files(tmp_path / "no.jsonl"))
+    with pytest.raises(ValueError, match=r"evaluation\.data: .*no\.jsonl: cannot be read"):
+        train(missing, tmp_path / "a", progress=False)
+    assert not (tmp_path / "a" / "metrics.jsonl").exists()
+    unread = small_recipe(trackers=[], **merge(held_out_files(tmp_path / "no"), {"evaluation": {"every": 0}}))
+    with pytest.raises(Killed):  # nobody looks at them
+        train(unread, tmp_path / "b", progress=False, after_step=kill_at(1))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import tiny_languages, vision_encoders
 from models.chat_folders import FAMILIES, write_folder
 from PIL import Image
 from torch import Tensor
@@ -28,7 +29,7 @@ def shortened(recipe: Recipe) -> Recipe:
         name: stage.model_copy(update={"steps": STEPS, "batch_size": 8, "warmup": 0})
         for name, stage in recipe.stages.items()
     }
-    return recipe.model_copy(update={"stages": stages, "keep_stages": True, "profile_every": 0})
+    return recipe.model_copy(update={"stages": stages, "keep_stages": True, "profile_every": STEPS})
 
 
 def test_all_nine_are_there() -> None:
@@ -106,29 +107,10 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A language model, an encoder and conversations on disk, as transformers and LLaVA have them."""
-    import transformers
-
     root = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    language = transformers.LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    transformers.LlamaForCausalLM(language).bfloat16().save_pretrained(root / "lm")
+    tiny_languages.save("llama", root / "lm", torch.bfloat16, vocab_size=400)
     write_folder(root / "lm", FAMILIES["vicuna"])
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=7,
-    )
-    transformers.CLIPVisionModel(vision).save_pretrained(root / "clip")
+    vision_encoders.whole_encoder("clip_vision_model").save_pretrained(root / "clip")
     (root / "images").mkdir()
     records: list[dict[str, Any]] = []
     for number, (word, picture) in enumerate(photographs().items()):
@@ -144,7 +126,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def from_disk(folders: dict[str, str], name: str = "llava-1.5", **options: Any) -> Recipe:
     settings = [
-        "image={size: 28, fit: pad}",
+        "image={size: 12, fit: pad}",
         *(f"stages.{stage}.batch_size=4" for stage in load_recipe(name).stages),
     ]
     return load_recipe(
@@ -163,8 +145,8 @@ def test_recipes_begin_with_checkpoints_and_data_from_disk(
 ) -> None:
     recipe = from_disk(folders, name)
     language = recipe.model.language
-    assert (language.hidden_size, language.num_layers, language.kv_heads) == (32, 2, 2)
-    assert recipe.model.tokens_per_image in (16, 17)
+    assert (language.hidden_size, language.num_layers, language.kv_heads) == (16, 3, 2)
+    assert recipe.model.tokens_per_image in (9, 10)
     start = new_model(recipe)
     loaded = start.language.embed_tokens.weight
     trained = train(recipe, tmp_path / "run", progress=False)

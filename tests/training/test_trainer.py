@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
+from pyvlm.models.processor import IGNORED
 from pyvlm.models.vlm import VLM
 from pyvlm.training import checkpointing
 from pyvlm.training.optimization import make_optimizer, set_learning_rate
 from pyvlm.training.recipe import PARTS
 from pyvlm.training.runfolder import RunFolder
 from pyvlm.training.sources import make_source
-from pyvlm.training.trainer import make_batches, train
+from pyvlm.training.trainer import make_batches, new_model, train
 
 
 class Killed(Exception):
@@ -231,3 +232,30 @@ def test_lock_is_released_with_its_holder(tmp_path, small_recipe):
         RunFolder(tmp_path, small_recipe()).__enter__()
     with RunFolder(tmp_path, small_recipe()):
         pass
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.25}, {"z_loss": 0.125}])
+def test_a_stage_minimises_the_loss_with_its_options(tmp_path, small_recipe, options):
+    """Against torch's own cross-entropy of the logits; the stage without options keeps the plain one."""
+    recipe = small_recipe(
+        model={"language": {"moe": None}},
+        stages={"one": {"steps": 1, "lr": 0.0, **options}, "two": {"steps": 1}},
+        evaluation={"every": 0},
+        trackers=[],
+    )
+    model = new_model(recipe)
+    expected = []
+    for number, given in enumerate((options, {})):
+        stage = list(recipe.stages.values())[number]
+        source = make_source(
+            stage.data, "train", recipe.seed, recipe.processor(), batch_size=4, first_step=number
+        )
+        (batch,) = make_batches(recipe.processor(), source, 0, range(4))
+        labels = batch.pop("labels")[:, 1:].flatten()
+        known = labels != IGNORED
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)[known]
+        smoothing, z_loss = given.get("label_smoothing", 0.0), given.get("z_loss", 0.0)
+        loss = torch.nn.functional.cross_entropy(logits, labels[known], label_smoothing=smoothing)
+        expected.append((loss + z_loss * logits.logsumexp(1).square().mean()).item())
+    train(recipe, tmp_path, progress=False)
+    assert [loss for _, loss in losses(tmp_path)] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,78 @@
+"""pyvlm in transformers: `accelerate(model)` for a model that is there, and "pyvlm" as the name of an attention and
+an experts implementation for `from_pretrained`.
+
+Only official extension points are used (the attention, mask and experts interfaces, and modules replaced as a
+whole); no forward of a model is copied.
+"""
+
+import warnings
+from weakref import WeakKeyDictionary
+
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from pyvlm.integrations.transformers import attention, experts, rules
+from pyvlm.integrations.transformers.changes import Change, Report
+
+__all__ = ["Change", "Report", "accelerate", "register", "restore"]
+
+TESTED = ("5.17", "5.24")  # from the first, up to but without the second
+_changes: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
+
+
+def register() -> None:
+    """Makes the names of pyvlm's implementations known to transformers; importing this package does it."""
+    attention.register()
+    experts.register()
+
+
+def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool = False) -> Report:
+    """Puts a model of transformers on pyvlm's kernels, in place; its weights and checkpoints stay as they are.
+
+    Args:
+        model: a `PreTrainedModel`, or anything that holds some (a peft model, for one).
+        attention_rule: the rule of `TokenLayout.spans` that the language model attends by, as "mmca"; None: the
+            model's own.
+        report: also print the report.
+
+    Returns:
+        What runs on which kernel now, and what stays as it was and why.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: the attention rule is unknown, or the model cannot follow it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a torch.nn.Module, as from_pretrained gives"
+        )
+    restore(model)
+    changes = [] if attention_rule is None else rules.apply(model, attention_rule)
+    changes += attention.apply(model)
+    changes += experts.apply(model)
+    _changes[model] = changes
+    made = Report(type(model).__name__, changes)
+    if report:
+        print(made)
+    return made
+
+
+def restore(model: nn.Module) -> None:
+    """Takes back what `accelerate` did to this model; nothing to do where it did nothing."""
+    for change in reversed(_changes.pop(model, [])):
+        if change.undo is not None:
+            change.undo()
+
+
+def _warn_outside_tested_range() -> None:
+    if not Version(TESTED[0]) <= Version(transformers.__version__) < Version(TESTED[1]):
+        warnings.warn(
+            f"transformers {transformers.__version__} is outside the range that pyvlm is tested with, "
+            f"{TESTED[0]} up to but without {TESTED[1]}: compare results with attn_implementation='eager'",
+            stacklevel=2,
+        )
+
+
+_warn_outside_tested_range()
+register()
