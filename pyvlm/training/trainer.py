@@ -30,7 +30,7 @@ from pyvlm.models.config import MoEConfig
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.resolution import change_image_size
-from pyvlm.models.vlm import VLM
+from pyvlm.models.vlm import VLM, VLMOutput
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
 from pyvlm.training.flops import StepCosts, Workload
@@ -106,6 +106,22 @@ def train(
         ) from error
 
 
+class Wrapped(torch.nn.Module):
+    """What accelerate prepares in place of the model, anew for each stage.
+
+    accelerate puts autocast into the `forward` of what it prepares, and marks it so as never to do so again.
+    A model that is unwrapped keeps the mark: all stages but the first were computed in float32.
+    """
+
+    def __init__(self, model: VLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> VLMOutput:
+        output: VLMOutput = self.model(**batch)
+        return output
+
+
 class Trainer:
     """A run in a locked folder; `fit` is all that there is to call."""
 
@@ -133,7 +149,7 @@ class Trainer:
         # The checkpoint's own architecture: a stage may have changed it.
         self.model = restored.model if restored else new_model(recipe)
         check_parts(self.model, recipe.stages.items())
-        self.forward: torch.nn.Module = self.model
+        self.forward: torch.nn.Module | None = None  # the model as accelerate wraps it for a stage
         self.optimizer: Optimizer | None = None
         self.costs: StepCosts | None = None  # of the stage, once they are asked for
         if run.main:
@@ -147,7 +163,6 @@ class Trainer:
                 if index >= self.position.stage:
                     self.run_stage(index, stage)
             self.log.draw()
-        self.unwrap()
         hold_frozen(self.model, None)
 
     def run_stage(self, index: int, stage: Stage) -> None:
@@ -179,14 +194,14 @@ class Trainer:
     def prepare(self, stage: Stage, resumes: bool) -> Optimizer:
         """Frees and freezes the parts for a stage and makes its optimizer: with the checkpoint's state, or
         going on from the last stage's, or new."""
-        self.unwrap()
+        self.forward = None
         self.accelerator.free_memory()
         self.accelerator.gradient_accumulation_steps = stage.accumulation
         self.model.to(self.accelerator.device)
         checkpoint_layers(self.model, self.recipe.gradient_checkpointing)
         made = make_optimizer(self.model, stage)
         hold_frozen(self.model, torch.bfloat16 if self.recipe.precision == "bf16" else None)
-        self.forward = self.accelerator.prepare_model(self.model)
+        self.forward = self.accelerator.prepare_model(Wrapped(self.model))
         optimizer = self.accelerator.prepare_optimizer(made)
         if resumes:
             assert self.optimizer_state is not None, "a checkpoint within a stage has the stage's optimizer"
@@ -197,11 +212,6 @@ class Trainer:
         self.costs = None
         self.log.flops_per_token = 0.0
         return optimizer
-
-    def unwrap(self) -> None:
-        """Takes off the model what accelerate put around it."""
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
-        vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
 
     def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
         """A step and its line in the log, and where its time went if that is to be told. Which steps these
@@ -235,8 +245,9 @@ class Trainer:
     ) -> tuple[Tensor, int, list[Batch]]:
         """One optimizer step: the mean loss over its labelled tokens, how many tokens were read by all
         processes, and this one's batches."""
-        accelerator, optimizer = self.accelerator, self.optimizer
+        accelerator, optimizer, forward = self.accelerator, self.optimizer, self.forward
         assert optimizer is not None
+        assert forward is not None
         seed_everything(self.recipe.seed, total, accelerator.process_index)
         with profile.part("data"):
             # This process's share of the step's samples.
@@ -252,8 +263,8 @@ class Trainer:
         loss = torch.zeros((), device=accelerator.device)
         moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
-            with accelerator.accumulate(self.forward):
-                output = self.forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
+            with accelerator.accumulate(forward):
+                output = forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
                 # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
                 # are averaged over processes.
                 share = count * accelerator.num_processes / max(1, all_labelled)

@@ -31,16 +31,24 @@ def recipe(small_recipe):
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory):
-    """An uninterrupted run: its folder, its model, and in which dtype a weight was held in each step."""
-    folder, models, dtypes = tmp_path_factory.mktemp("whole"), [], []
+    """An uninterrupted run: its folder, its model, and for each step in which dtype a weight was held and its
+    layer computed."""
+    folder, models, dtypes, computed = tmp_path_factory.mktemp("whole"), [], [], []
     with pytest.MonkeyPatch.context() as patch:
 
         def held(model, dtype):
+            if not models:
+                layer = model.get_submodule(HELD.removesuffix(".weight"))
+                layer.register_forward_hook(lambda module, given, made: computed.append(made.dtype))
             models.append(model)
             hold_frozen(model, dtype)
 
         patch.setattr(trainer, "hold_frozen", held)
-        watch = lambda step: dtypes.append(models[-1].get_parameter(HELD).dtype)  # noqa: E731
+
+        def watch(step):
+            dtypes.append((models[-1].get_parameter(HELD).dtype, *set(computed)))
+            computed.clear()
+
         model = train(recipe, folder, progress=False, after_step=watch).model
     return folder, model, dtypes
 
@@ -58,7 +66,7 @@ def assert_same(given, expected) -> None:
 
 def test_nothing_but_the_memory_changes(tmp_path, recipe, whole, monkeypatch) -> None:
     folder, model, dtypes = whole
-    assert dtypes == [torch.bfloat16] * 3 + [torch.float32] * 3
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 3 + [(torch.float32, torch.bfloat16)] * 3
     monkeypatch.setattr(trainer, "hold_frozen", lambda model, dtype: None)
     full = train(recipe, tmp_path, progress=False).model
     assert losses(folder) == losses(tmp_path)
@@ -67,8 +75,8 @@ def test_nothing_but_the_memory_changes(tmp_path, recipe, whole, monkeypatch) ->
         assert_same(VLM.from_pretrained(folder / name), VLM.from_pretrained(tmp_path / name))
 
 
-# While weights are held, and where they begin to learn.
-@pytest.mark.parametrize("killed", [2, 3])
+# While weights are held, where they begin to learn, and where all learn.
+@pytest.mark.parametrize("killed", [2, 3, 4])
 def test_resuming_is_exact(tmp_path, recipe, whole, killed: int) -> None:
     folder, model, _ = whole
 
