@@ -349,10 +349,12 @@ def test_tiled_images_are_counted_by_their_size(size):
 
 
 def test_the_assumed_size_is_told_and_reaches_stages_of_files(capsys):
-    assert main(["budget", "llava-1.6", "--flops-per-second", "1e15"]) == 0
+    few_layers = ["model.language.num_layers=1", "model.vision_towers.0.encoder.num_hidden_layers=2"]
+    settings = [argument for setting in few_layers for argument in ("--set", setting)]
+    assert main(["budget", "llava-1.6", "--flops-per-second", "1e15", *settings]) == 0
     head = capsys.readouterr().out.splitlines()[1]
     assert "taken to be 480 pixels high and 640 wide, which makes 5 maps of it" in head
-    recipe = load_recipe("llava-1.6")
+    recipe = load_recipe("llava-1.6", settings=few_layers)
     small, large = (make_budget(recipe, rate=1e15, image_size=size) for size in ((336, 1008), (672, 672)))
     assert (small.maps_per_image, large.maps_per_image) == (4, 5)
     assert small.stages[0].images == 256 * 4
