@@ -1,0 +1,1 @@
+"""How pyvlm's kernels serve models of Hugging Face transformers."""
