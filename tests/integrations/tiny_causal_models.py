@@ -23,7 +23,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-WORDS = 96
+WORDS = 101  # prime, so that no other width is the vocabulary's
 IMAGE, START, END = 90, 91, 92  # token ids
 TEXT = {
     "vocab_size": WORDS,

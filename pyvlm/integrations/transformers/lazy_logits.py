@@ -72,7 +72,8 @@ class _Values:
     def expose(self) -> Tensor:
         """The values, for aliases and writes.
 
-        Those derived are computed while these still hold, and nothing else will be: there is no source any more.
+        Those derived are computed while these still hold; from then on all is computed at once, for there is
+        no source any more.
         """
         values = self.get()
         for derived in self.pending:
