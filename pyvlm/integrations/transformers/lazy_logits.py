@@ -120,8 +120,15 @@ _LAZY: dict[Any, Callable[[Source, tuple[Any, ...], dict[str, Any]], Source | No
 # What torch does in C++ with a tensor's own memory, or writes down of it, without asking the dispatcher.
 _NEEDS_MEMORY = frozenset(
     (
-        *("__array__", "__cuda_array_interface__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__"),
-        *("data_ptr", "is_shared", "numpy", "pin_memory", "share_memory_", "storage", "tolist"),
+        *(
+            "__array__",
+            "__cuda_array_interface__",
+            "__deepcopy__",
+            "__dlpack__",
+            "__format__",
+            "__reduce_ex__",
+        ),
+        *("__repr__", "data_ptr", "is_shared", "numpy", "pin_memory", "share_memory_", "storage", "tolist"),
         *("typed_storage", "untyped_storage"),
     )
 )
