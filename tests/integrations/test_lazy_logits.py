@@ -178,6 +178,13 @@ def test_autocast(inputs: Inputs) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_autocast_at_reading_changes_nothing(inputs: Inputs) -> None:
+    lazy = lazy_logits(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = lazy + 0
+    assert torch.equal(read, F.linear(*inputs))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode: Callable[[], Any], inputs: Inputs) -> None:
     with mode():

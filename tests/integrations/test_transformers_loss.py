@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_causal_models import MODELS, VISION, WORDS, batch, build
+from tiny_causal_models import MODELS, WORDS, batch, build
 from tolerance import assert_close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -469,9 +469,3 @@ def test_states_are_freed_without_the_garbage_collector() -> None:
         assert states[0]() is None
     finally:
         gc.enable()
-
-
-def test_vision_models_are_tried() -> None:
-    """The batches of the VLMs hold images: their rows are the point."""
-    for name in VISION:
-        assert any(key.startswith("pixel_values") for key in batch(name))

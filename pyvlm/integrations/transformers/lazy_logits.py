@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyvlm._autocast import autocasts, without_autocast
+from pyvlm._autocast import autocasts
 
 aten = torch.ops.aten
 
@@ -235,13 +235,12 @@ class _Head(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * 5
         rows = grad.flatten(0, -2)
-        with without_autocast(grad.device):
-            if ctx.needs_input_grad[0]:
-                grads[0] = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
-            if ctx.needs_input_grad[1]:
-                grads[1] = (rows.mT @ hidden.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-            if bias is not None and ctx.needs_input_grad[2]:
-                grads[2] = rows.sum(0).to(bias.dtype)
+        if ctx.needs_input_grad[0]:
+            grads[0] = (grad @ weight.to(grad.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grads[1] = (rows.mT @ hidden.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        if bias is not None and ctx.needs_input_grad[2]:
+            grads[2] = rows.sum(0).to(bias.dtype)
         return tuple(grads)
 
 
@@ -265,7 +264,7 @@ def lazy_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> L
                 "the logits were not read before the hidden states or the head's weight changed; read "
                 "outputs.logits before optimizer.step()"
             )
-        with torch.no_grad(), without_autocast(hidden.device):
+        with torch.no_grad():
             return F.linear(*(x.detach().to(dtype) for x in inputs))
 
     values = _Values(compute, Source(hidden, weight, bias))
