@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pyvlm.models.speaker import Messages
 from pyvlm.training.dialogue import Dialogue, Round
-
-Messages = list[dict[str, Any]]
 
 
 def introductions(count: int) -> list[str]:
