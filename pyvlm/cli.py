@@ -52,7 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # Until Python 3.13 argparse takes a second, optional argument for absent where options stand before it.
-    for name, kind in (("question", str), ("data", Path)):
+    absent = [("question", str), ("data", Path), *([("recipe", str)] if options.run is run_train else [])]
+    for name, kind in absent:
         if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, name, "") is None:
             setattr(options, name, kind(rest.pop()))
     if rest:
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo, after_interrupt=GOES_ON)
 
     train = commands.add_parser("train", help="train a recipe, from its last checkpoint where there is one")
-    _add_recipe(train)
+    _add_recipe(train, optional=True)
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
     train.set_defaults(run=run_train, after_interrupt=GOES_ON)
 
@@ -187,9 +188,15 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     check.set_defaults(run=run_data_check)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The recipe that a command is about, and what of it is to be another."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if optional else None,
+        help="a YAML file, or the name of a shipped recipe"
+        + ("; with --from: LLaVA's own" if optional else ""),
+    )
     variant = parser.add_mutually_exclusive_group()
     variant.add_argument("--variant", help="an entry of the recipe's variants")
     variant.add_argument(
@@ -198,6 +205,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="tiny",
         help="its variant tiny: small random parts, bundled data, seconds on two cores",
+    )
+    parser.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="CHECKPOINT",
+        help="a LLaVA of transformers that all parts start from: a folder, or OWNER/NAME of the hub",
     )
     parser.add_argument("--lm", metavar="FOLDER", help="of transformers: what the language model starts from")
     parser.add_argument(

@@ -219,12 +219,24 @@ def _recipe(options: argparse.Namespace) -> Any:
     """The recipe that the options name and change."""
     from pyvlm.training.recipe import load_recipe
 
+    checkpoint = None
+    if options.checkpoint is not None:
+        from pyvlm.integrations.transformers.checkpoints import local_folder
+
+        checkpoint = str(local_folder(options.checkpoint))
+    if options.recipe is None:
+        if checkpoint is None:
+            raise ValueError("give a RECIPE to train, or a checkpoint to go on from: --from PATH")
+        from pyvlm.training.recipe_paths import fitting_recipe
+
+        options.recipe = fitting_recipe(checkpoint)
     return load_recipe(
         options.recipe,
         options.variant,
         language=options.lm,
         vision=options.vision,
         data=options.data,
+        checkpoint=checkpoint,
         settings=options.set,
         **({} if options.seed is None else {"seed": options.seed}),
     )

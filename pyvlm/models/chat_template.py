@@ -262,15 +262,16 @@ class ChatTemplate:
                 raise reserved_token_error(number, name)
 
     def _takes_lists(self) -> bool:
-        """Whether the template takes contents as lists of parts and writes an image where it stands."""
+        """Whether the template takes contents as lists of parts: it writes the texts in their order, and an
+        image where it stands or, as many do, before all texts."""
         self._lists = True
         turn = Turn("user", ("\ufdd20\ufdd3", None, "\ufdd21\ufdd3"))
         try:
             text, _ = self._render(self._messages([turn], [self._units(turn)]), False)
         except ValueError:
             return False
-        places = [text.find(part or self.image_token) for part in turn.parts]
-        return -1 not in places and places == sorted(places)
+        first, image, last = (text.find(part or self.image_token) for part in turn.parts)
+        return -1 not in (first, image, last) and first < last
 
     def _probe(self) -> tuple[str, list[Span], list[str]]:
         """A dialogue of two rounds: its text, what {% generation %} marks of it, what is the template's."""

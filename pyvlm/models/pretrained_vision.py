@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvlm.models.encoders import Encoder
+from pyvlm.models.encoders import Encoder, read_folder
 from pyvlm.models.tower_config import ImageConfig, TransformersConfig
+
+# What the names of an encoder's weights begin with in a LLaVA; older ones have the second part too.
+OF_LLAVA = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
 
 
 class End(nn.Module):
@@ -165,6 +168,12 @@ class TransformersTower(nn.Module):
         return self
 
 
+def _is_llava(folder: str) -> bool:
+    """Whether the encoder is a part of a LLaVA, whose weights have names of their own."""
+    given, _ = read_folder(folder)
+    return given.get("model_type") in ("llava", "llava_next")
+
+
 def _make(source: Encoder, pretrained: str | None) -> tuple[nn.Module, set[str]]:
     """The whole encoder, and the names of weights that its folder lacks."""
     from transformers import AutoModel
@@ -180,6 +189,7 @@ def _make(source: Encoder, pretrained: str | None) -> tuple[nn.Module, set[str]]
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"key_mapping": {OF_LLAVA: ""}} if _is_llava(pretrained) else {}),
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{pretrained}: cannot be read as {source.config.model_type} ({error})") from error
