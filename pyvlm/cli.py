@@ -1,4 +1,4 @@
-"""The command line: `pyvlm demo | train | recipes | eval | chat | moe-report | data | budget | ablate | env`.
+"""The command line: `pyvlm demo | train | recipes | eval | chat | export | moe-report | data | budget | …`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
@@ -20,6 +20,7 @@ from pyvlm.commands import (
     run_demo,
     run_env,
     run_eval,
+    run_export,
     run_moe_report,
     run_recipes,
     run_show,
@@ -121,6 +122,21 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=_natural, default=0, help="of what is drawn (default 0)")
     chat.add_argument("--device", default="cpu", help="where to compute, as torch names it (default cpu)")
     chat.set_defaults(run=run_chat)
+
+    export = commands.add_parser("export", help="write a model as a checkpoint of transformers")
+    export.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
+    export.add_argument("out", metavar="OUT", type=Path, help="a new folder for the checkpoint")
+    export.add_argument("--to", choices=["llava"], default="llava", help="LLaVA, or LLaVA-NeXT with tiles")
+    export.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="CHECKPOINT",
+        help="what its training began with: layers that no answer depends on are written as they are there",
+    )
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the model's)"
+    )
+    export.set_defaults(run=run_export)
 
     moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
     moe.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")

@@ -102,6 +102,20 @@ def run_chat(options: argparse.Namespace) -> None:
     session.run()
 
 
+def run_export(options: argparse.Namespace) -> None:
+    import torch
+
+    from pyvlm.integrations.transformers.checkpoints import local_folder
+    from pyvlm.integrations.transformers.export import export
+    from pyvlm.training.chat import load_model
+
+    model, processor = load_model(options.model)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    base = None if options.checkpoint is None else local_folder(options.checkpoint)
+    export(model, processor, options.out, dtype, base)
+    print(f"checkpoint: {options.out}")
+
+
 def run_moe_report(options: argparse.Namespace) -> None:
     from pyvlm.training.chat import load_model
     from pyvlm.training.moe_chart import write_png

@@ -180,10 +180,21 @@ def _make(source: Encoder, pretrained: str | None) -> tuple[nn.Module, set[str]]
 
     if pretrained is None:
         return AutoModel.from_config(source.config, dtype=torch.get_default_dtype()), set()
+    return load_encoder(source.config, pretrained)
+
+
+def load_encoder(config: Any, pretrained: str) -> tuple[nn.Module, set[str]]:
+    """The encoder of a configuration of transformers with a folder's weights, and names of those it lacks.
+
+    Raises:
+        ValueError: the folder has no safetensors, or cannot be read.
+    """
+    from transformers import AutoModel
+
     try:
         model, report = AutoModel.from_pretrained(
             pretrained,
-            config=source.config,
+            config=config,
             dtype=torch.get_default_dtype(),
             local_files_only=True,
             use_safetensors=True,
@@ -192,5 +203,5 @@ def _make(source: Encoder, pretrained: str | None) -> tuple[nn.Module, set[str]]
             **({"key_mapping": {OF_LLAVA: ""}} if _is_llava(pretrained) else {}),
         )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{pretrained}: cannot be read as {source.config.model_type} ({error})") from error
+        raise ValueError(f"{pretrained}: cannot be read as {config.model_type} ({error})") from error
     return model, set(report["missing_keys"])

@@ -155,6 +155,11 @@ class Processor:
         """The token that ends the assistant's turn."""
         return self._template.end_token_id
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether there is a chat template that takes contents as lists of parts, and not as texts."""
+        return isinstance(self._template, ChatTemplate) and self._template.takes_parts
+
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Sample:
         """One dialogue as tensors.
 
