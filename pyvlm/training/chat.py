@@ -28,6 +28,8 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[VLM, 
             f"{path} holds no model: expected a run folder with a finished model/, or a folder with "
             f"{CONFIG}; train one with: pyvlm demo"
         )
+    if is_checkpoint(folder):
+        raise ValueError(f"{path} is of transformers, and a model of pyvlm is needed here")
     check_device(device)
     return VLM.from_pretrained(folder).to(device), Processor.from_pretrained(folder)
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_encoded_is_a_mistake_that_is_told(folder, tmp_path):
     chat = Chat(load_speaker(folder), [], lambda line: None)
     with pytest.raises(ValueError, match="no such file"):
         chat.add_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="<image>"):
+    with pytest.raises(ValueError, match="the text holds '<image>'"):
         chat.ask("what is <image>?")
     assert chat.messages == []
 

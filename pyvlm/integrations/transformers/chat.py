@@ -13,6 +13,7 @@ from transformers.generation import BaseStreamer
 from pyvlm.models.images import load_image, to_picture
 from pyvlm.models.speaker import Interrupted, Messages, Sampling
 from pyvlm.models.streaming import TextStream
+from pyvlm.models.turns import reserved_token_error
 
 
 class Prompt(NamedTuple):
@@ -43,6 +44,8 @@ class CheckpointSpeaker:
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        named = [getattr(processor, name, None) for name in ("image_token", "video_token", "audio_token")]
+        self._placeholders = [token for token in named if token]
         ends = model.generation_config.eos_token_id
         ends = self._tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
@@ -60,9 +63,12 @@ class CheckpointSpeaker:
     def encode(self, messages: Messages) -> Prompt:
         images: list[Image.Image] = []
         conversation = []
-        for message in messages:
+        for number, message in enumerate(messages):
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for token in self._placeholders:
+                if any(token in part.get("text", "") for part in parts):
+                    raise reserved_token_error(number, token)
             images += [to_picture(part["image"], channels=3) for part in parts if part["type"] == "image"]
             written = [{"type": "image"} if part["type"] == "image" else part for part in parts]
             conversation.append({"role": message["role"], "content": written})
