@@ -35,9 +35,10 @@ def local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=[*FILES], ignore_patterns=[*COPIES]))
     except Exception as error:  # of the hub's own classes, of its HTTP client's, or OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path}: there is no such folder, and it cannot be had from the Hugging Face hub "
-            f"({_first_line(error)}): check the name and the network, or give a local folder"
+            f"{path}: there is no such folder, and it cannot be had from the Hugging Face hub ({reason}): "
+            "check the name and the network, or give a local folder"
         ) from error
 
 
@@ -62,7 +63,7 @@ def load_checkpoint(path: str, device: str = "cpu") -> tuple[PreTrainedModel, An
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # a missing library is an ImportError, a missing file an OSError, and so on
-        raise ValueError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+        raise ValueError(f"{path}: transformers cannot load it: {_shortened(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise ValueError(
             f"{path}: it has no processor for images and text, only a {type(processor).__name__}"
@@ -111,6 +112,6 @@ def _code(config: dict[str, Any]) -> list[Any]:
     return list(named.values()) if isinstance(named, dict) else []
 
 
-def _first_line(error: BaseException) -> str:
+def _shortened(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
