@@ -139,15 +139,15 @@ def _config(folder: str, given: Mapping[str, Any]) -> Any:
 
 def _image_processor(folder: str) -> dict[str, Any]:
     """The settings of a folder's image processor, its defaults filled in."""
-    from transformers import AutoImageProcessor
+    from transformers import AutoProcessor  # in 5.17 AutoImageProcessor itself needs torchvision
 
     try:
-        found = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        settings: dict[str, Any] = json.loads(processor.image_processor.to_json_string())
     except Exception as error:
         raise ValueError(
             f"{folder}: its image processor cannot be read ({' '.join(str(error).split())[:200]})"
         ) from error
-    settings: dict[str, Any] = json.loads(found.to_json_string())
     return settings
 
 

@@ -66,9 +66,10 @@ def model_folder(path: str | os.PathLike[str]) -> Path | None:
 
 
 def is_hub_id(path: str | os.PathLike[str]) -> bool:
-    """Whether this can only be OWNER/NAME of the Hugging Face hub: there is no folder OWNER here."""
-    owner, slash, name = os.fspath(path).partition("/")
-    return bool(slash and owner and name) and "/" not in name and not Path(owner).exists()
+    """Whether this can only be OWNER/NAME of the Hugging Face hub: there is no folder OWNER here, nor is it
+    `runs`, where models are trained and asked for before they are there."""
+    owner, _, name = os.fspath(path).partition("/")
+    return bool(owner and name) and "/" not in name and owner != "runs" and not Path(owner).exists()
 
 
 def is_checkpoint(folder: Path) -> bool:

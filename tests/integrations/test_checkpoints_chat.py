@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_folders import QUESTION, picture, save_llava, transformers
+from llava_folders import IMAGES_FIRST, QUESTION, picture, save_llava, transformers
 
 from pyvlm.integrations.transformers.chat import CheckpointSpeaker
 from pyvlm.integrations.transformers.checkpoints import load_checkpoint, local_folder
@@ -61,6 +61,33 @@ def test_rounds_and_pictures_are_answered_as_by_transformers(folder, pictures):
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     assert answer
     assert speaker.total_tokens > 3 * 9
+
+
+@pytest.mark.parametrize("writes_it", [True, False])
+def test_the_first_token_is_written_once(writes_it, tmp_path):
+    """By the template, or by the tokenizer where the template leaves it out."""
+    template = ("{{ bos_token }}" if writes_it else "") + IMAGES_FIRST
+    save_llava(tmp_path, template=template)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    first, text = (
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    of_first = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text],
+        "special_tokens": {"<|endoftext|>": of_first},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    speaker = load_speaker(tmp_path, sampling=Sampling(TOKENS))
+    messages = [{"role": "user", "content": QUESTION}]
+    ids = speaker._inputs([speaker.encode(messages)])["input_ids"][0].tolist()
+    assert ids[0] == 0
+    assert ids.count(0) == 1
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    assert speaker.answer(messages) == expected(tmp_path, parts)
 
 
 def test_the_picture_counts(folder, pictures):
@@ -175,7 +202,7 @@ def test_a_name_of_the_hub_without_a_network_is_told(monkeypatch):
         load_speaker("nobody/nothing")
 
 
-@pytest.mark.parametrize("path", ["nothing", "a/b/c", "no such/thing here"])
+@pytest.mark.parametrize("path", ["nothing", "a/b/c", "no such/thing here", "runs/demo", "/nothing"])
 def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=r"holds no model|no config.json there"):
