@@ -116,6 +116,7 @@ def test_models_of_words(encoder: str, connector: str, tmp_path: Path) -> None:
     model = vlm(processor, encoder, connector=connector)
     export(model, processor, tmp_path / "out")
     assert_the_same(model, processor, tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("levels", [[-1], [1], [0], [1, -2]])

@@ -242,6 +242,15 @@ def test_older_names_of_weights_are_read(tmp_path: Path) -> None:
         assert all(torch.equal(model[name], again[name]) for name in model)
 
 
+def test_older_places_of_the_chat_template_are_read(tmp_path: Path) -> None:
+    save_llava(tmp_path)
+    written = recipe_of(tmp_path).processor().encode(dialogue())["input_ids"]
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert torch.equal(recipe_of(tmp_path).processor().encode(dialogue())["input_ids"], written)
+
+
 def test_the_chat_template_must_be_one_to_learn_from(tmp_path: Path) -> None:
     endless = (
         "{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pyvlm.integrations.transformers.processor_files import (
     special_token_ids,
 )
 from pyvlm.models.adapters import merge_lora
-from pyvlm.models.checkpoint import replace_folder
+from pyvlm.models.checkpoint import CONFIG, replace_folder
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.encoders import encoder_entry, read_encoder, read_folder
 from pyvlm.models.pretrained_language import export_language
@@ -94,6 +95,8 @@ def export(
     check_same_tokens(processor, their_processor)
     with replace_folder(folder) as aside:
         theirs.save_pretrained(aside)
+        for path in aside.glob("*.safetensors"):  # safetensors lets nobody else read its files
+            shutil.copymode(aside / CONFIG, path)
         their_processor.save_pretrained(aside)
 
 
