@@ -23,7 +23,7 @@ settings.load_profile("pyvlm")
 # several threads at once (MKL's vector functions start up then): the first call is made here, on one.
 torch.zeros(8, dtype=torch.float64).exp().log()
 
-KERNEL_TESTS = ("attention", "moe", "fusion")
+KERNEL_TESTS = ("attention", "moe", "fusion", "gpu")
 
 
 @pytest.fixture(autouse=True)
