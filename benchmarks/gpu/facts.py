@@ -17,7 +17,6 @@ NEEDS = {
     "pytest": "part tests",
     "safetensors": "part tests: the authors' stored outputs",
     "hypothesis": "the seeds of part tests",
-    "pybind11": "part build: where torch brings no pybind11 headers",
     "ninja": "part build",
     "transformers": "part step, and transformers' rows of parts moe and placement",
     "liger-kernel": "Liger's row of part loss",

@@ -25,6 +25,8 @@ from pyvlm.ops import (
     token_choice,
 )
 
+pytestmark = pytest.mark.xdist_group("memory")  # gigabytes each: one after the other
+
 MEGABYTE = 2**20
 PAST_32_BITS = 2**31 + 2**20
 
