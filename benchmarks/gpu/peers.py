@@ -25,7 +25,13 @@ def _plain_causal(work: Workload) -> None:
     mask = work.payload
     documents = int(mask.spans.bounds[..., 0].max()) > 0
     queries, keys = work.inputs[0].shape[2], work.inputs[1].shape[2]
-    if not work.shape.endswith(" causal") or documents or queries != keys or mask.softcap or mask.sinks:
+    if (
+        not work.shape.endswith(" causal")
+        or documents
+        or queries != keys
+        or mask.softcap
+        or mask.sinks is not None
+    ):
         raise Unavailable("it has no mask but the causal one of one document")
 
 
