@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def build(dry_run: bool, write: Write) -> None:
     if dry_run:
         write({"status": DONE, "detail": f"a dry run builds nothing; it would run {' '.join(command)}"})
         return
-    link = ROOT / "pyvlm" / "triton_kernels"  # an installation maps the package there; in place a link does
-    if not link.exists():
+    if find_spec("pyvlm.triton_kernels") is None:  # an installation maps the package there; else a link does
+        link = ROOT / "pyvlm" / "triton_kernels"
         link.symlink_to(Path("..") / "triton_kernels", target_is_directory=True)
     start = time.monotonic()
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
