@@ -18,7 +18,7 @@ from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, peak_memory, summary
 from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record
 from benchmarks.harness.workload import TRAINING
-from pyvlm.ops import Routing, expert_mlp, linear_cross_entropy, span_attention
+from pyvlm.ops import linear_cross_entropy, span_attention
 from pyvlm.spans import AttentionSpans
 
 if TYPE_CHECKING:
@@ -69,33 +69,13 @@ def by_flex(spans: AttentionSpans) -> Attend:
     return attend
 
 
-def routing_of(expert_TK: Tensor, weight_TK: Tensor, experts: int) -> Routing:
-    """The routing that a router's choice amounts to, made on its device without a wait."""
-    tokens, top_k = expert_TK.shape
-    expert_S, order = expert_TK.flatten().sort(stable=True)
-    edges = torch.arange(experts + 1, device=expert_S.device)
-    slot_of_choice = order.argsort().view(tokens, top_k)
-    return Routing(
-        token=(order // top_k).int(),
-        weight=weight_TK.flatten()[order].float(),
-        expert_offsets=torch.searchsorted(expert_S, edges, out_int32=True),
-        token_offsets=torch.arange(tokens + 1, device=expert_S.device, dtype=torch.int32) * top_k,
-        slot=slot_of_choice.sort(1).values.flatten().int(),
-        num_tokens=tokens,
-    )
-
-
-def _experts(self: Any, x_TH: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    routing = routing_of(expert_TK, weight_TK, self.num_experts)
-    return expert_mlp(x_TH, routing, self.gate_up_proj, self.down_proj)
-
-
 class Step:
     """A model, its batch, and steps of it with some attention, experts and loss."""
 
     def __init__(self, kind: str, context: "Context") -> None:
         import transformers
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        import pyvlm.integrations.transformers  # noqa: F401  makes experts_implementation="pyvlm" known
 
         tiny, device = context.dry_run, context.device
         sizes = (64, 128, 2, 2) if tiny else (2048, 5504, 12 if kind == "moe-llava" else 24, 16)
@@ -112,7 +92,6 @@ class Step:
         }
         transformers.AttentionInterface.register("measured", self._attention)
         transformers.AttentionMaskInterface.register("measured", lambda *args, **kwargs: None)
-        ALL_EXPERTS_FUNCTIONS.register("measured", _experts)
         torch.manual_seed(0)
         with torch.device(device):
             if kind == "moe-llava":
@@ -169,7 +148,7 @@ def run(context: "Context") -> Iterator[Record]:
 
 def _measure(kind: str, context: "Context") -> Record:
     step = Step(kind, context)
-    experts = {"pyvlm": "measured", "others": "grouped_mm"} if kind == "moe-llava" else {}
+    experts = {"pyvlm": "pyvlm", "others": "grouped_mm"} if kind == "moe-llava" else {}
     builds: dict[str, Callable[[], Attend]] = {
         "pyvlm": lambda: by_spans(step.spans),
         "sdpa": lambda: by_dense_masks(step.spans),

@@ -14,11 +14,9 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import cases, worker
 from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
 from benchmarks.gpu.parts import PARTS, Context
-from benchmarks.gpu.step import routing_of
 from benchmarks.gpu.summary import summary
 from benchmarks.harness.measure import interleave
 from benchmarks.harness.workload import FORWARD, TRAINING
-from pyvlm.ops import token_choice
 
 MACHINE = {
     "device": "A GPU",
@@ -238,16 +236,6 @@ class TestRunner:
         context = Context(torch.device("cpu"), True, time.monotonic() - 1)
         for part in ("attention", "fusion", "step"):
             assert list(PARTS[part](context)) == []
-
-
-def test_the_routing_of_a_choice_is_that_of_token_choice():
-    logits = torch.randn(37, 5)
-    expected = token_choice(logits, 2)
-    weight, expert = logits.softmax(-1).topk(2)
-    actual = routing_of(expert, weight / weight.sum(-1, keepdim=True), 5)
-    for name in ("token", "expert_offsets", "token_offsets", "slot"):
-        assert getattr(actual, name).equal(getattr(expected, name)), name
-    torch.testing.assert_close(actual.weight, expected.weight)
 
 
 def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):
