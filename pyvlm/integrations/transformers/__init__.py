@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from pyvlm.integrations.transformers import attention, experts, rules
+from pyvlm.integrations.transformers import attention, connectors, experts, rules
 from pyvlm.integrations.transformers import linear as linear_layers
 from pyvlm.integrations.transformers import loss as losses
 from pyvlm.integrations.transformers.changes import Change, Report
@@ -34,8 +34,8 @@ def accelerate(
 ) -> Report:
     """Puts a model of transformers on pyvlm's kernels, in place; weights and checkpoints stay as they are.
 
-    Attention, experts, and the loss with the head before it. A model that was accelerated already is restored
-    first.
+    Attention, experts, the loss with the head before it, and the connectors that gain by it. A model that was
+    accelerated already is restored first.
 
     Args:
         model: a `PreTrainedModel`, or anything that holds some (a peft model, for one).
@@ -61,6 +61,7 @@ def accelerate(
     changes += attention.apply(model)
     changes += experts.apply(model)
     changes += losses.apply(model)
+    changes += connectors.apply(model)
     if linear:
         changes += linear_layers.apply(model)
     _changes[model] = changes
