@@ -1,4 +1,5 @@
 # make demo · make test · make bench · make lint: each makes its own .venv the first time.
+# make gpu tests and measures on a GPU, with the Python that is there; make gpu DRY=1 tries it out without one.
 # A GPU user overrides the pin: make demo TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # The extension is checked by its own build tool, which does nothing where nothing changed.
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test bench gpu lint format build clean
 
 demo: build
 	$(BIN)/pyvlm demo
@@ -19,6 +20,9 @@ test: build
 
 bench: build
 	$(BIN)/python -m benchmarks
+
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry-run) $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

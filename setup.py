@@ -9,7 +9,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -71,7 +70,7 @@ class NinjaBuildExt(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         compiler = (self.compiler.compiler_cxx or ["c++"])[0]
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [*include_paths(), sysconfig.get_path("include")]  # torch's bring pybind11's
         flags = [
             "-std=c++20 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math",
             "-Wall -Wno-unknown-pragmas -Wno-psabi",

@@ -29,7 +29,7 @@ from pyvlm import reference
 from pyvlm.ops.attention import span_attention
 from pyvlm.spans import AttentionSpans
 
-_QUERY_BLOCK = 256  # queries of one block of the reference's scores
+_QUERY_BLOCK = {"cpu": 256, "cuda": 2048}  # queries of one block of the reference's scores
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _in_blocks(attention: Callable[..., tuple[Tensor, Tensor]], work: Workload) 
         return attention(*qkv, spans, mask.scale, mask.softcap, sinks)[0]
 
     def head(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, row: int) -> Tensor:
-        starts = range(0, q.shape[2], _QUERY_BLOCK)
-        blocks = (slice(start, start + _QUERY_BLOCK) for start in starts)
+        size = _QUERY_BLOCK[q.device.type]
+        blocks = (slice(start, start + size) for start in range(0, q.shape[2], size))
         return torch.cat([checkpoint(block, q, k, v, sinks, row, b, use_reentrant=False) for b in blocks], 2)
 
     def run(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models of transformers on pyvlm beside transformers' own implementations: prefill, decoding, a training step.
+"""Models of transformers on pyvlm beside transformers' own: prefill, decoding, a training step.
 
 Models of the 0.5B class, cut to a few layers and with random weights: every layer costs what it costs in the
 whole model. One row with four images of 576 tokens and 128 tokens of text, of which the last 64 are learned.
@@ -197,7 +197,7 @@ def workloads(
 def _provider(
     attention: str, experts: str, finish: Callable[[nn.Module], nn.Module], work: Workload
 ) -> Function:
-    """Runs the case on a model of the parameters' dtype, made at its first call, whose parameters they are."""
+    """Runs the case on a model of the parameters' dtype, made at its first call; they are its own."""
     case: ModelCase = work.payload
     runs: dict[torch.dtype, Callable[[tuple[Tensor, ...]], Tensor]] = {}
 

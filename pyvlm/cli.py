@@ -1,4 +1,4 @@
-"""The command line: `pyvlm demo | train | recipes | eval | chat | moe-report | data | budget | ablate | env`.
+"""The command line: `pyvlm demo | train | recipes | eval | chat | export | moe-report | data | budget | …`.
 
 A mistake of the user's is one line on stderr and exit code 2. What a command needs is imported when it runs,
 so that `pyvlm --help` is quick.
@@ -21,6 +21,7 @@ from pyvlm.commands import (
     run_demo,
     run_env,
     run_eval,
+    run_export,
     run_moe_report,
     run_recipes,
     run_show,
@@ -53,7 +54,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # Until Python 3.13 argparse takes a second, optional argument for absent where options stand before it.
-    for name, kind in (("question", str), ("data", Path)):
+    absent = [("question", str), ("data", Path), *([("recipe", str)] if options.run is run_train else [])]
+    for name, kind in absent:
         if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, name, "") is None:
             setattr(options, name, kind(rest.pop()))
     if rest:
@@ -76,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo, after_interrupt=GOES_ON)
 
     train = commands.add_parser("train", help="train a recipe, from its last checkpoint where there is one")
-    _add_recipe(train)
+    _add_recipe(train, optional=True)
     train.add_argument("--out", type=Path, help="run folder (default runs/ and the recipe's name)")
     train.set_defaults(run=run_train, after_interrupt=GOES_ON)
 
@@ -121,6 +123,21 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=_natural, default=0, help="of what is drawn (default 0)")
     chat.add_argument("--device", default="cpu", help="where to compute, as torch names it (default cpu)")
     chat.set_defaults(run=run_chat)
+
+    export = commands.add_parser("export", help="write a model as a checkpoint of transformers")
+    export.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
+    export.add_argument("out", metavar="OUT", type=Path, help="a new folder for the checkpoint")
+    export.add_argument("--to", choices=["llava"], default="llava", help="LLaVA, or LLaVA-NeXT with tiles")
+    export.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="CHECKPOINT",
+        help="what its training began with: layers that no answer depends on are written as they are there",
+    )
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the model's)"
+    )
+    export.set_defaults(run=run_export)
 
     moe = commands.add_parser("moe-report", help="how busy each expert is, and the pathways tokens take")
     moe.add_argument("model", metavar="MODEL", type=Path, help="a run folder or a saved model")
@@ -198,9 +215,15 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
     check.set_defaults(run=run_data_check)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The recipe that a command is about, and what of it is to be another."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if optional else None,
+        help="a YAML file, or the name of a shipped recipe"
+        + ("; with --from: LLaVA's own" if optional else ""),
+    )
     parser.add_argument(
         "--data",
         dest="learn_from",
@@ -222,6 +245,12 @@ def _add_changes(parser: argparse._ActionsContainer) -> None:
         action="store_const",
         const="tiny",
         help="its variant tiny: small random parts, bundled data, seconds on two cores",
+    )
+    parser.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="CHECKPOINT",
+        help="a LLaVA of transformers that all parts start from: a folder, or OWNER/NAME of the hub",
     )
     parser.add_argument("--lm", metavar="FOLDER", help="of transformers: what the language model starts from")
     parser.add_argument(

@@ -42,24 +42,22 @@ def run_show(options: argparse.Namespace) -> None:
 
 
 def run_eval(options: argparse.Namespace) -> None:
-    from pyvlm.training.chat import load_model
-
     _check_folders(options.json, options.predictions)
     if options.data is not None and (options.dialogues or options.seed is not None):
         raise ValueError("--dialogues and --seed are of held-out digits: leave them out, or DATA")
-    model, processor = load_model(options.model, options.device)
-    evaluate = _eval_digits if options.data is None else _eval_file
-    results = evaluate(options, model, processor)
+    results = _eval_digits(options) if options.data is None else _eval_file(options)
     if options.json is not None:
         about = {"model": str(options.model), "data": str(options.data or "held-out digits")}
         options.json.write_text(json.dumps(about | results, indent=2, ensure_ascii=False) + "\n")
 
 
-def _eval_digits(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
+def _eval_digits(options: argparse.Namespace) -> dict[str, Any]:
+    from pyvlm.training.chat import load_model
     from pyvlm.training.demo import format_table
     from pyvlm.training.digits import DigitDialogues, DigitsConfig
     from pyvlm.training.evaluate import accuracy_table, commonest_answers, evaluate
 
+    model, processor = load_model(options.model, options.device)
     if processor.config.image.channels != 1:
         raise ValueError(f"{options.model} was not trained on digits: give DATA, a file of questions")
     data, seed = DigitsConfig(), options.seed or 0
@@ -69,14 +67,16 @@ def _eval_digits(options: argparse.Namespace, model: Any, processor: Any) -> dic
     return {"results": table}
 
 
-def _eval_file(options: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
+def _eval_file(options: argparse.Namespace) -> dict[str, Any]:
+    from pyvlm.training.chat import load_speaker
     from pyvlm.training.vqa import Skipped, read_questions
     from pyvlm.training.vqa_evaluation import answer_questions, format_rows, keep_predictions, summarize
 
+    speaker = load_speaker(options.model, options.device)
     skipped = Skipped(tell, options.strict)
     settings = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "instruction")}
     questions = list(islice(read_questions(options.data, skipped), options.limit))
-    predictions = answer_questions(model, processor, questions, skipped, **settings)
+    predictions = answer_questions(speaker, questions, skipped, **settings)
     kept = keep_predictions(predictions, options.predictions)
     if skipped.counts:
         tell(skipped.summary())
@@ -86,13 +86,13 @@ def _eval_file(options: argparse.Namespace, model: Any, processor: Any) -> dict[
 
 
 def run_chat(options: argparse.Namespace) -> None:
-    from pyvlm.training.chat import Chat, load_model
+    from pyvlm.models.speaker import Sampling
+    from pyvlm.training.chat import Chat, load_speaker
     from pyvlm.training.chat_session import ChatSession, complete_with_tab
-    from pyvlm.training.replies import Sampling
 
-    model, processor = load_model(options.model, options.device)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    chat = Chat(model, processor, options.image, tell, sampling, options.system)
+    speaker = load_speaker(options.model, options.device, sampling)
+    chat = Chat(speaker, options.image, tell, options.system)
     interactive = options.question is None and sys.stdin.isatty()
     session = ChatSession(chat, input if interactive else lambda _: input(), _write, tell, interactive)
     if options.question is not None:
@@ -102,6 +102,20 @@ def run_chat(options: argparse.Namespace) -> None:
         complete_with_tab(session)
         tell("ask away; /image PATH shows a picture, /help tells the rest, Ctrl-D ends")
     session.run()
+
+
+def run_export(options: argparse.Namespace) -> None:
+    import torch
+
+    from pyvlm.integrations.transformers.checkpoints import local_folder
+    from pyvlm.integrations.transformers.export import export
+    from pyvlm.training.chat import load_model
+
+    model, processor = load_model(options.model)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    base = None if options.checkpoint is None else local_folder(options.checkpoint)
+    export(model, processor, options.out, dtype, base)
+    print(f"checkpoint: {options.out}")
 
 
 def run_moe_report(options: argparse.Namespace) -> None:
@@ -172,7 +186,8 @@ def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
         form = recipe.stages[options.stage].form
         return recipe.processor(options.stage).changed(form=form), recipe.model_in(options.stage)
     changes = {"--stage": options.stage, "--variant": options.variant, "--lm": options.lm}
-    changes |= {"--vision": options.vision, "--set": options.set, "--seed": options.seed}
+    changes |= {"--vision": options.vision, "--from": options.checkpoint}
+    changes |= {"--set": options.set, "--seed": options.seed}
     if given := [name for name, value in changes.items() if value not in (None, [])]:
         raise ValueError(f"{', '.join(given)}: of a recipe, and none is named; give it with --recipe")
     if options.model is None:
@@ -231,12 +246,24 @@ def _recipe(options: argparse.Namespace) -> Any:
     """The recipe that the options name and change."""
     from pyvlm.training.recipe import load_recipe
 
+    checkpoint = None
+    if options.checkpoint is not None:
+        from pyvlm.integrations.transformers.checkpoints import local_folder
+
+        checkpoint = str(local_folder(options.checkpoint))
+    if options.recipe is None:
+        if checkpoint is None:
+            raise ValueError("give a RECIPE to train, or a checkpoint to go on from: --from PATH")
+        from pyvlm.training.recipe_paths import fitting_recipe
+
+        options.recipe = fitting_recipe(checkpoint)
     return load_recipe(
         options.recipe,
         options.variant,
         language=options.lm,
         vision=options.vision,
         data=options.learn_from,
+        checkpoint=checkpoint,
         settings=options.set,
         **({} if options.seed is None else {"seed": options.seed}),
     )

@@ -35,6 +35,7 @@ TYPES = {
     torch.uint8: "u8",
 }
 SCALARS = {"int32": "i32", "int64": "i64", "float32": "fp32"}
+ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # HGMMA: wgmma, UTCHMMA: tcgen05
 # Another version of Triton gives registers away otherwise: as much as this may then lie in local memory.
@@ -178,13 +179,16 @@ def write_table(table: Path, calls: Sequence[Call]) -> None:
         print(name, row)
 
 
-def check_machine_code(call: Call, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No spills, the GPU's own matrix instructions, shared memory that it has; and as in the table."""
+def check_machine_code(
+    call: Call, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spills: int = 0
+) -> None:
+    """No spills, or as many bytes as are known; the GPU's own matrix instructions; shared memory that it has;
+    and as in the table."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what was compiled before proves nothing
     stored = json.loads(table.read_text())
     same_version = stored["triton"] == triton.__version__
     for name, row in compile_call(call).items():
-        assert row["local_bytes"] <= (0 if same_version else SPILLS_OF_OTHER_VERSIONS), (name, row)
+        assert row["local_bytes"] <= spills + (0 if same_version else SPILLS_OF_OTHER_VERSIONS), (name, row)
         assert row["shared_bytes"] <= SHARED_MEMORY[call.architecture], (name, row)
         if name.split()[0] in call.on_tensor_cores:
             instruction = MATRIX_INSTRUCTIONS[call.architecture]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -46,6 +47,12 @@ class Case:
     @property
     def settings(self) -> dict[str, Any]:
         return self.meta["settings"]
+
+    def to(self, device: torch.device) -> "Case":
+        """The same case with its tensors on another device."""
+        moved = Case(self.path)
+        vars(moved)["tensors"] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return moved
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

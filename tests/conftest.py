@@ -7,23 +7,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import conformance
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
-# No deadline: a first call compiles or warms up. Derandomised: a failure must come back on the next run.
-settings.register_profile("pyvlm", derandomize=True, deadline=None, print_blob=True)
-settings.load_profile("pyvlm")
+if find_spec("hypothesis") is not None:  # tests/gpu runs without it
+    from hypothesis import settings
+
+    # No deadline: a first call compiles or warms up. Derandomised: a failure must come back on the next run.
+    settings.register_profile("pyvlm", derandomize=True, deadline=None, print_blob=True)
+    settings.load_profile("pyvlm")
 
 # torch's fp64 exp and log are off by 1e-9 in about one process of forty where their first call runs on
 # several threads at once (MKL's vector functions start up then): the first call is made here, on one.
 torch.zeros(8, dtype=torch.float64).exp().log()
 
-KERNEL_TESTS = ("attention", "moe", "fusion")
+KERNEL_TESTS = ("attention", "moe", "fusion", "gpu")
 
 
 @pytest.fixture(autouse=True)

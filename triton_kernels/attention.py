@@ -9,7 +9,7 @@ and new ones compile nothing.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,9 +61,10 @@ class Config:
     chunk: int = 64
 
 
-# Chosen so that ahead-of-time compilation spills no registers up to a head dimension of 128, and of 64 in
-# float32, where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes); not yet
-# measured on a GPU. By GPU, then by the largest padded head dimension: forward, grad_q, grad_kv.
+# Chosen so that ahead-of-time compilation spills no registers, but in float32 above a head dimension of 64,
+# where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes); not yet measured
+# on a GPU. By GPU, then by the largest padded head dimension: forward, grad_q, grad_kv. With wgmma or tcgen05
+# grad_kv of 256 spilled in every tiling tried (72 bytes or more on sm_90, 624 on sm_100): it goes without.
 _BLACKWELL = {
     64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
     128: Config(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), descriptors=True),
@@ -78,7 +79,7 @@ _HOPPER = {
         grad_kv_both=Tiles(32, 128, 8, 1),
         descriptors=True,
     ),
-    256: Config(Tiles(64, 32, 8, 1), Tiles(128, 32, 8, 1), Tiles(32, 32, 8, 1), descriptors=True),
+    256: Config(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), descriptors=True),
 }
 _OTHER = {
     64: Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 1)),
@@ -180,6 +181,8 @@ def _decode(p: "_Problem", out: Tensor, others: dict[str, Any]) -> None:
     }
     arguments = p.arguments(tiles, {"q": p.q, "k": p.k, "v": p.v}) | others
     launch(decode_kernel, (p.batch * p.key_heads * splits,), tiles, arguments)
+    if p.head_dim > 128:  # the parts of a row are held at once: with 4 warps they would spill
+        tiles = replace(tiles, warps=8)
     arguments = p.arguments(tiles, {"out": out}) | others
     launch(combine_kernel, (p.batch * p.heads * p.queries,), tiles, arguments)
 

@@ -23,7 +23,7 @@ def limits(device: torch.device, dtype: torch.dtype, quick: bool = False) -> tup
 
     A copy of n bytes counts 2n: n read and n written.
     """
-    size, buffer_bytes = (4096, 2**30) if device.type == "cuda" else (2048, 2**28)
+    size, buffer_bytes = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     if quick:
         size, buffer_bytes = 256, 2**20
     a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))

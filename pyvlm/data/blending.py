@@ -7,7 +7,7 @@ concatenated at random, so that a model learns from dialogues about several.
 from collections.abc import Sequence
 
 from pyvlm.data.records import images_of
-from pyvlm.data.source import Messages
+from pyvlm.models.speaker import Messages
 
 
 def can_blend(messages: Messages) -> bool:

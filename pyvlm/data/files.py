@@ -22,9 +22,9 @@ from pyvlm.data.plans import draw, group_by_length, plan_blends, plan_packs
 from pyvlm.data.readers import RecordFile
 from pyvlm.data.records import Format
 from pyvlm.data.scan import Scan, scan
-from pyvlm.data.source import Messages
 from pyvlm.models.config import Config
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.speaker import Messages
 
 Count = Annotated[int, Field(ge=1)]
 

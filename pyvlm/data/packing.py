@@ -10,8 +10,8 @@ from PIL import Image
 
 from pyvlm.data.bad_records import BadRecord
 from pyvlm.data.records import decode_image, images_of
-from pyvlm.data.source import Messages
 from pyvlm.models.processor import IGNORED, Processor, Sample
+from pyvlm.models.speaker import Messages
 
 
 def encode(processor: Processor, messages: Messages, max_length: int | None = None) -> Sample:

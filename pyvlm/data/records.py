@@ -18,8 +18,8 @@ from typing import Any, Literal
 from PIL import ExifTags, Image, ImageOps
 
 from pyvlm.data.bad_records import BadRecord
-from pyvlm.data.source import Messages
 from pyvlm.models.images import MAX_PIXELS, load_image
+from pyvlm.models.speaker import Messages
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from pyvlm.data.bad_records import BadRecord, Report
 from pyvlm.data.readers import RecordFile
 from pyvlm.data.records import decode_image, images_of
-from pyvlm.data.source import Messages
+from pyvlm.models.speaker import Messages
 
 
 @dataclass(frozen=True)

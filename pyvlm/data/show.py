@@ -10,12 +10,12 @@ from PIL import Image
 
 from pyvlm.data.records import Record, parts_of
 from pyvlm.data.scan import Scan
-from pyvlm.data.source import Messages
 from pyvlm.layout import AttentionSpans, TokenLayout
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.inputs import default_layout
 from pyvlm.models.positions import position_ids
 from pyvlm.models.processor import IGNORED, Processor, Sample
+from pyvlm.models.speaker import Messages
 from pyvlm.plotting import count_pairs
 from pyvlm.spans import EVERY_CLASS, IMAGE, TEXT
 

@@ -1,9 +1,9 @@
 """What every source of training conversations does."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-Messages = list[dict[str, Any]]
+from pyvlm.models.speaker import Messages
 
 
 class Source(Protocol):

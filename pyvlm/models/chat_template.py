@@ -46,6 +46,9 @@ class ChatTemplate:
     control token behind the content, and the space before it where the generation prompt leaves this to the
     model ("ASSISTANT:"); where the template marks answers by {% generation %}, what is marked.
 
+    Attributes:
+        takes_parts: whether the template takes contents as lists of parts, and not as texts.
+
     A token that covers both the last characters before an answer and the first of it (": (" may be one) is
     learnt, as it is generated in answering.
 
@@ -78,7 +81,7 @@ class ChatTemplate:
                 f"the tokenizer would split the image token {image_token!r}: add it as a special token"
             )
         self.image_token, self._image_id = image_token, ids[image_token]
-        self._lists = self._takes_lists()
+        self.takes_parts = self._takes_lists()
         text, spans, literals = self._probe()
         # Special ones, and those that the template writes though the tokenizer does not call them special.
         self._control = {
@@ -151,7 +154,7 @@ class ChatTemplate:
 
     def _units(self, turn: Turn) -> list[str]:
         """The texts of a turn that the template places: each part, or all joined where it takes no lists."""
-        if self._lists:
+        if self.takes_parts:
             return [part for part in turn.parts if part is not None]
         return ["".join(self.image_token if part is None else part for part in turn.parts)]
 
@@ -159,7 +162,7 @@ class ChatTemplate:
         """The turns as the template takes them, with `contents` for their texts."""
         messages = []
         for turn, units in zip(turns, contents, strict=True):
-            content: str | list[dict[str, str]] = units[0] if not self._lists else []
+            content: str | list[dict[str, str]] = units[0] if not self.takes_parts else []
             if isinstance(content, list):
                 texts = iter(units)
                 for part in turn.parts:
@@ -286,15 +289,16 @@ class ChatTemplate:
                 raise reserved_token_error(number, name)
 
     def _takes_lists(self) -> bool:
-        """Whether the template takes contents as lists of parts and writes an image where it stands."""
-        self._lists = True
+        """Whether the template takes contents as lists of parts: it writes the texts in their order, and an
+        image where it stands or, as many do, before all texts."""
+        self.takes_parts = True
         turn = Turn("user", ("\ufdd20\ufdd3", None, "\ufdd21\ufdd3"))
         try:
             text, _ = self._render(self._messages([turn], [self._units(turn)]), False)
         except ValueError:
             return False
-        places = [text.find(part or self.image_token) for part in turn.parts]
-        return -1 not in places and places == sorted(places)
+        first, image, last = (text.find(part or self.image_token) for part in turn.parts)
+        return -1 not in (first, image, last) and first < last
 
     def _probe(self) -> tuple[str, list[Span], list[str]]:
         """A dialogue of two rounds: its text, what {% generation %} marks of it, what is the template's."""

@@ -264,8 +264,14 @@ class LanguageConfig(Config):
 
 
 class VLMConfig(Config):
-    """Vision towers → fusion → connector → language model."""
+    """Vision towers → fusion → connector → language model.
 
+    Attributes:
+        pretrained: a local folder of a LLaVA that transformers saved, whose connector the model starts from:
+            see `pyvlm.models.pretrained_vlm`. `vision_towers` and `language` name it for their own weights.
+    """
+
+    pretrained: str | None = None
     image: ImageConfig
     tiling: TilingConfig | None = None  # None: every image is one square of image.size
     vision_towers: Annotated[list[VisionTowerConfig], Field(min_length=1)]
@@ -387,4 +393,4 @@ class VLMConfig(Config):
             for tower in self.vision_towers
         ]
         language = self.language.model_copy(update={"pretrained": None})
-        return self.model_copy(update={"vision_towers": towers, "language": language})
+        return self.model_copy(update={"pretrained": None, "vision_towers": towers, "language": language})

@@ -10,6 +10,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from pyvlm.models.tower_config import ImageConfig
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Decoded, 64 megapixels take 192 MB; a file of some kilobytes can claim far more (a decompression bomb).
 MAX_PIXELS = 64_000_000
 
@@ -72,6 +75,52 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
         Exception
     ) as error:  # what a decoder raises on a damaged file is anything from struct.error to KeyError
         raise ValueError(f"image {path!r}: damaged or truncated ({error})") from error
+
+
+def fit_image(image: Any, config: ImageConfig) -> Tensor:
+    """The pixels of one image as all towers take them but for the normalisation: float32 [C, size, size].
+
+    With `config.resample` they are those of transformers' image processors (with Pillow): "stretch" is
+    SigLIP's way, "crop" CLIP's, "pad" LLaVA's own.
+
+    Args:
+        image: as in `read_pixels`.
+
+    Raises:
+        TypeError, ValueError: as in `read_pixels`.
+    """
+    if config.resample is not None:
+        picture = _fit_picture(to_picture(image, config.channels), config, RESAMPLING[config.resample])
+        return read_pixels(picture, config.channels)
+    if config.fit == "crop":
+        image = _middle(read_pixels(image, config.channels)).permute(1, 2, 0)
+    return to_pixels(image, config.channels, config.size, config.mean if config.fit == "pad" else None)
+
+
+def _middle(pixels_CHW: Tensor) -> Tensor:
+    """The square in the middle."""
+    height, width = pixels_CHW.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels_CHW[:, top : top + side, left : left + side]
+
+
+def _fit_picture(picture: Image.Image, config: ImageConfig, resampling: Image.Resampling) -> Image.Image:
+    """A picture as a square of `config.size`, by the arithmetic of transformers' image processors."""
+    size, (width, height) = config.size, picture.size
+    if config.fit == "crop":  # resized first, its longer side rounded down
+        shorter = min(width, height)
+        width, height = size * width // shorter, size * height // shorter
+        left, top = (width - size) // 2, (height - size) // 2
+        return picture.resize((width, height), resampling).crop((left, top, left + size, top + size))
+    if config.fit == "pad" and width != height:
+        side = max(width, height)
+        means = config.mean if len(config.mean) == config.channels else config.mean * config.channels
+        ground = tuple(int(255 * mean) for mean in means)
+        square = Image.new(picture.mode, (side, side), ground if config.channels == 3 else ground[0])
+        square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        picture = square
+    return picture.resize((size, size), resampling)
 
 
 def to_pixels(image: Any, channels: int, size: int, padding: tuple[float, ...] | None = None) -> Tensor:

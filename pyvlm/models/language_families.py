@@ -34,7 +34,7 @@ _BOTH_NORMS = _POST_NORMS | {
     "mlp_norm": ("pre_feedforward_layernorm",),
 }
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,19 @@ def read_language(folder: str) -> LanguageFolder:
         ) from None
 
 
+def language_entries(config: Any) -> dict[str, Any]:
+    """The entries of `LanguageConfig` that a configuration of a known family means, its windows among them.
+
+    Raises:
+        ValueError: a setting that ours does not have.
+    """
+    family = FAMILIES[config.model_type]
+    try:
+        return _entries(family, config) | _windows(family, config)
+    except _Refusal as refusal:
+        raise ValueError(f"{config.model_type} with {refusal}") from None
+
+
 class _Refusal(Exception):
     """A setting that ours cannot express, as NAME=VALUE."""
 
@@ -164,7 +177,7 @@ def _entries(family: Family, config: Any) -> dict[str, Any]:
         if (value := getattr(config, name, None)) not in values:
             raise _Refusal(f"{name}={value!r}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise _Refusal(f"hidden_act={activation!r}")
     bias = bool(getattr(config, "attention_bias", False))
     query_scalar = getattr(config, "query_pre_attn_scalar", None)
@@ -178,7 +191,7 @@ def _entries(family: Family, config: Any) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "norm_placement": "pre",
         "norm_unit_offset": False,
-        "activation": _ACTIVATIONS[activation],
+        "activation": ACTIVATIONS[activation],
         "embedding_scale": config.hidden_size**0.5 if family.scaled else None,
         "qkv_bias": bias,
         "out_bias": bias,

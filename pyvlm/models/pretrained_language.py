@@ -156,7 +156,7 @@ class _Stored:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.paths = _weight_files(folder)
+        self.paths = weight_files(folder)
         self.headers: dict[str, _Header] = {}
         for path in self.paths:
             try:
@@ -190,7 +190,12 @@ class _Stored:
         return tensor
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of safetensors that hold a folder's weights.
+
+    Raises:
+        ValueError: there are none, or the index of several is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:

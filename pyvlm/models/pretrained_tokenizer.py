@@ -20,7 +20,7 @@ class PretrainedTokenizer(NamedTuple):
 
 
 def read_pretrained_tokenizer(folder: str | os.PathLike[str]) -> PretrainedTokenizer:
-    """Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+    """Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template.
 
     Special tokens that the configuration names and tokenizer.json lacks are added, as transformers does.
 
@@ -82,6 +82,8 @@ def _add_missing(tokenizer: Tokenizer, described: Mapping[str, Any], special_tok
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if (path := folder / "chat_template.jinja").is_file():
         return read_file(path).decode()
+    if (path := folder / "chat_template.json").is_file():  # as processors were saved for a while
+        config = _read_json(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvlm.models.encoders import Encoder
+from pyvlm.models.encoders import Encoder, read_folder
 from pyvlm.models.tower_config import ImageConfig, TransformersConfig
+
+# What the names of an encoder's weights begin with in a LLaVA; older ones have the second part too.
+OF_LLAVA = r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"
 
 
 class End(nn.Module):
@@ -165,22 +168,40 @@ class TransformersTower(nn.Module):
         return self
 
 
+def _is_llava(folder: str) -> bool:
+    """Whether the encoder is a part of a LLaVA, whose weights have names of their own."""
+    given, _ = read_folder(folder)
+    return given.get("model_type") in ("llava", "llava_next")
+
+
 def _make(source: Encoder, pretrained: str | None) -> tuple[nn.Module, set[str]]:
     """The whole encoder, and the names of weights that its folder lacks."""
     from transformers import AutoModel
 
     if pretrained is None:
         return AutoModel.from_config(source.config, dtype=torch.get_default_dtype()), set()
+    return load_encoder(source.config, pretrained)
+
+
+def load_encoder(config: Any, pretrained: str) -> tuple[nn.Module, set[str]]:
+    """The encoder of a configuration of transformers with a folder's weights, and names of those it lacks.
+
+    Raises:
+        ValueError: the folder has no safetensors, or cannot be read.
+    """
+    from transformers import AutoModel
+
     try:
         model, report = AutoModel.from_pretrained(
             pretrained,
-            config=source.config,
+            config=config,
             dtype=torch.get_default_dtype(),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({"key_mapping": {OF_LLAVA: ""}} if _is_llava(pretrained) else {}),
         )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{pretrained}: cannot be read as {source.config.model_type} ({error})") from error
+        raise ValueError(f"{pretrained}: cannot be read as {config.model_type} ({error})") from error
     return model, set(report["missing_keys"])

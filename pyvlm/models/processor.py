@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyvlm.models.chat_template import ChatTemplate, shipped_templates
 from pyvlm.models.checkpoint import find_folder, read_config, write_file
-from pyvlm.models.images import image_size, load_image, to_pixels
+from pyvlm.models.images import fit_image, image_size, load_image
 from pyvlm.models.pretrained_tokenizer import read_pretrained_tokenizer, read_tokenizer
 from pyvlm.models.tiling import TilingConfig, cut_image
 from pyvlm.models.tower_config import Config, ImageConfig, Size
@@ -171,6 +171,11 @@ class Processor:
         """The token that ends the assistant's turn."""
         return self._template.end_token_id
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether there is a chat template that takes contents as lists of parts, and not as texts."""
+        return isinstance(self._template, ChatTemplate) and self._template.takes_parts
+
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Sample:
         """One dialogue as tensors.
 
@@ -282,12 +287,11 @@ class Processor:
     def preprocess(self, image: Any) -> Tensor:
         """One image as the vision towers take it, float32 [m, C, H, W], normalised; m is 1 without tiling.
 
-        See `pyvlm.models.images.to_pixels` and, with tiling, `pyvlm.models.tiling.cut_image`.
+        See `pyvlm.models.images.fit_image` and, with tiling, `pyvlm.models.tiling.cut_image`.
         """
         config = self.config.image
         if self.config.tiling is None:
-            padding = config.mean if config.fit == "pad" else None
-            pixels_mCHW = to_pixels(image, config.channels, config.size, padding)[None]
+            pixels_mCHW = fit_image(image, config)[None]
         else:
             pixels_mCHW = cut_image(image, self.config.tiling, config)
         mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))

@@ -1,8 +1,7 @@
 """Text while it is generated: token ids in, printable pieces out."""
 
-from tokenizers import Tokenizer
-
-from pyvlm.models.processor import Processor
+from collections.abc import Collection
+from typing import Any
 
 _INCOMPLETE = "\ufffd"  # what a character decodes to until its last byte is there
 
@@ -10,23 +9,24 @@ _INCOMPLETE = "\ufffd"  # what a character decodes to until its last byte is the
 class TextStream:
     """Turns the tokens of one answer into pieces of text, as soon as these are certain.
 
-    Joined, the pieces and `flush` are what `Processor.decode` makes of all tokens. A token is decoded with
-    those before it, for on these depend the spaces between words; a character whose bytes are not all there
-    is held back. Nothing comes from the end token on.
+    Joined, the pieces and `flush` are what the tokenizer's `decode` makes of all tokens. A token is decoded
+    with those before it, for on these depend the spaces between words; a character whose bytes are not all
+    there is held back. Nothing comes from the first end token on.
 
     Where a tokenizer falls back on bytes, one that fits nowhere makes the library's decoder give up the good
     characters right before it too; a stream has shown these already and keeps them.
 
     Args:
-        processor: of the model that generates.
+        tokenizer: of the model that generates, one of `tokenizers` or of transformers.
+        end_token_ids: any of which ends the answer.
 
     Attributes:
-        ended: whether the end token was pushed.
+        ended: whether an end token was pushed.
     """
 
-    def __init__(self, processor: Processor) -> None:
-        self._tokenizer: Tokenizer = processor.tokenizer
-        self._end_token_id = processor.end_token_id
+    def __init__(self, tokenizer: Any, end_token_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._end_token_ids = end_token_ids
         self._ids: list[int] = []
         # Text up to `_printed` is out; decoding starts at `_context`, the tokens of the last piece.
         self._context = self._printed = 0
@@ -34,7 +34,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The piece that one token more makes certain; often a word, or nothing."""
-        if self.ended or token_id == self._end_token_id:
+        if self.ended or token_id in self._end_token_ids:
             self.ended = True
             return ""
         self._ids.append(token_id)
@@ -55,4 +55,5 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text

@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from pyvlm.models.encoders import Pair
-from pyvlm.models.images import to_picture
+from pyvlm.models.images import RESAMPLING, to_picture
 from pyvlm.models.tower_config import Config, ImageConfig, Size
 from pyvlm.nn.anyres import AnyResPacker
 from pyvlm.ops.tiling import anyres_grid, anyres_tokens
 
 if TYPE_CHECKING:
     from pyvlm.models.config import VLMConfig
-
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class TilingConfig(Config):

@@ -31,14 +31,16 @@ class ImageConfig(Config):
     """The pixels that every tower receives: [N, channels, size, size], less `mean` and divided by `std`.
 
     Both are one number, or one a channel, of pixels in [0, 1]. `fit` says how an image becomes a square:
-    it is stretched, or padded with `mean` first.
+    it is stretched, or padded with `mean` first, or its middle is cut out. `resample` is how Pillow then
+    resizes it, in 8 bits, as transformers' image processors do; None: bilinearly, in float32.
     """
 
     size: Size
     channels: Literal[1, 3] = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
-    fit: Literal["stretch", "pad"] = "stretch"
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    resample: Literal["bicubic", "bilinear"] | None = None
 
     @model_validator(mode="after")
     def _one_a_channel(self) -> "ImageConfig":

@@ -21,6 +21,7 @@ from pyvlm.models.parts import split_parts
 from pyvlm.models.positions import grid_cells, position_ids
 from pyvlm.models.pretrained_language import build_language, load_language
 from pyvlm.models.pretrained_vision import TransformersTower
+from pyvlm.models.pretrained_vlm import load_connector
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.tiling import build_packer, host_sizes
 from pyvlm.models.vision import ViTTower, build_tower
@@ -75,6 +76,8 @@ class VLM(nn.Module):
             columns = max(columns for _, columns in config.token_grids)
             self.column_embedding = nn.Embedding(columns, config.language.hidden_size)
         self._initialize()
+        if config.pretrained is not None:
+            load_connector(self, config.pretrained)
         if config.language.pretrained is not None:
             load_language(self.language, config.language.pretrained)
         inject_adapters(self.language, config.backend)  # last: they start in their own way

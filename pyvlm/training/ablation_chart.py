@@ -17,7 +17,7 @@ from pyvlm.models.checkpoint import write_file
 class Curve:
     """A variant: training FLOPs of its looks, the accuracies of every seed at each, and how it ended."""
 
-    label: str
+    label: str  # "connector=resampler, mask=mmca"
     flops: Sequence[float]
     accuracies: Sequence[Sequence[float]]
     final_flops: float
@@ -25,12 +25,17 @@ class Curve:
 
 
 def draw_curves(curves: Sequence[Curve]) -> Figure:
-    """Lines: means over the seeds; bands: lowest to highest; at the end, the final evaluation."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """Lines: means over the seeds; bands: lowest to highest; at the end, the final evaluation.
+
+    Variants that agree in what is varied first share a colour; those that agree in the rest, a kind of line.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, curve in enumerate(curves):
-        color = colormaps["tab10"](number % 10)
-        style = ("-", "--", ":", "-.")[number // 10 % 4]
+    parts = [curve.label.partition(", ")[::2] for curve in curves]
+    firsts, rests = (list(dict.fromkeys(values)) for values in zip(*parts, strict=True))
+    for (first, rest), curve in zip(parts, curves, strict=True):
+        color = colormaps["tab10"](firsts.index(first) % 10)
+        style = ("-", "--", ":", "-.")[rests.index(rest) % 4]
         by_look = list(zip(*curve.accuracies, strict=True))
         means = [100 * sum(values) / len(values) for values in by_look]
         axes.plot(
@@ -57,7 +62,7 @@ def draw_curves(curves: Sequence[Curve]) -> Figure:
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from pyvlm.data.source import Messages
-from pyvlm.models.checkpoint import CONFIG, write_file
+from pyvlm.models.checkpoint import CONFIG, read_file, write_file
 from pyvlm.models.processor import Processor
+from pyvlm.models.speaker import Interrupted, Messages, Sampling, Speaker
 from pyvlm.models.vlm import VLM
 from pyvlm.training.conversation import answer, introductions
-from pyvlm.training.pictures import read_picture
-from pyvlm.training.replies import Interrupted, Sampling, Speaker
+from pyvlm.training.replies import VLMSpeaker
 
 
 def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[VLM, Processor]:
@@ -23,30 +22,81 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[VLM, 
     Raises:
         ValueError: there is none, or a file of it is damaged; the message names it. Or no such device.
     """
-    folder = Path(path)
-    if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
-        folder = folder / "model"
-    if not (folder / CONFIG).exists():
+    folder = model_folder(path)
+    if folder is None:
         raise ValueError(
             f"{path} holds no model: expected a run folder with a finished model/, or a folder with "
             f"{CONFIG}; train one with: pyvlm demo"
         )
+    if is_checkpoint(folder):
+        raise ValueError(f"{path} is of transformers, and a model of pyvlm is needed here")
+    check_device(device)
+    return VLM.from_pretrained(folder).to(device), Processor.from_pretrained(folder)
+
+
+def load_speaker(
+    path: str | os.PathLike[str], device: str = "cpu", sampling: Sampling | None = None
+) -> Speaker:
+    """What answers: a model of pyvlm, as `load_model` finds it, or a checkpoint of transformers.
+
+    Args:
+        path: a run folder, a folder of either kind of model, or OWNER/NAME of the Hugging Face hub.
+        device: where to compute, as torch names it.
+        sampling: how tokens are chosen.
+
+    Raises:
+        ValueError: as `load_model`, or the checkpoint cannot be had or run:
+            see `pyvlm.integrations.transformers.checkpoints.load_checkpoint`.
+    """
+    sampling = sampling or Sampling()
+    folder = model_folder(path)
+    if is_hub_id(path) or (folder is not None and is_checkpoint(folder)):
+        from pyvlm.integrations.transformers.chat import CheckpointSpeaker
+        from pyvlm.integrations.transformers.checkpoints import load_checkpoint
+
+        check_device(device)
+        return CheckpointSpeaker(*load_checkpoint(os.fspath(folder or path), device), sampling)
+    return VLMSpeaker(*load_model(path, device), sampling)
+
+
+def model_folder(path: str | os.PathLike[str]) -> Path | None:
+    """Where the model of a run folder or of a model's own folder lies; None: there is none."""
+    folder = Path(path)
+    return next((f for f in (folder, folder / "model") if (f / CONFIG).exists()), None)
+
+
+def is_hub_id(path: str | os.PathLike[str]) -> bool:
+    """Whether this can only be OWNER/NAME of the Hugging Face hub: there is no folder OWNER here, nor is it
+    `runs`, where models are trained and asked for before they are there."""
+    owner, _, name = os.fspath(path).partition("/")
+    return bool(owner and name) and "/" not in name and owner != "runs" and not Path(owner).exists()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder with a config.json is of transformers, whose configurations name a `model_type`."""
+    try:
+        content = json.loads(read_file(folder / CONFIG))
+    except ValueError:
+        return False  # whoever reads it says what is wrong with it
+    return isinstance(content, dict) and "model_type" in content
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where torch cannot compute on it."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return VLM.from_pretrained(folder).to(device), Processor.from_pretrained(folder)
 
 
 class Chat:
     """A conversation about pictures, or about none; each `ask` is a further round.
 
     Args:
-        model, processor: see `load_model`.
+        speaker: what answers; see `load_speaker`.
         paths: the pictures of the first question; see `add_image`.
         tell: is told of what was done to a picture, of words that the model does not know, and of a
             conversation that is longer than what the model was trained on.
-        sampling: how tokens are chosen.
         system: see `set_system`.
 
     Attributes:
@@ -58,15 +108,12 @@ class Chat:
 
     def __init__(
         self,
-        model: VLM,
-        processor: Processor,
+        speaker: Speaker,
         paths: Sequence[str | os.PathLike[str]],
         tell: Callable[[str], None],
-        sampling: Sampling | None = None,
         system: str | None = None,
     ) -> None:
-        self.processor, self.tell = processor, tell
-        self.speaker = Speaker(model, processor, sampling or Sampling())
+        self.speaker, self.tell = speaker, tell
         self.pending: list[dict[str, Any]] = []
         self._system: Messages = []
         self._rounds: Messages = []
@@ -81,12 +128,15 @@ class Chat:
         return [*self._system, *self._rounds]
 
     def add_image(self, path: str | os.PathLike[str]) -> None:
-        """Shows a picture with the next question. Models of grey images are models of strokes and take it as
-        `read_strokes` reads it."""
-        image, inverted = read_picture(path, self.processor.config.image)
+        """Shows a picture with the next question.
+
+        Raises:
+            ValueError: it cannot be read, or the model does not take it.
+        """
+        image, inverted = self.speaker.read_picture(path)
         part = {"type": "image", "image": image, "path": os.fspath(path)}
         try:
-            self.processor.encode([{"role": "user", "content": [part]}])
+            self.speaker.encode([{"role": "user", "content": [part]}])
         except ValueError as error:
             raise ValueError(f"image {os.fspath(path)!r}: {error}") from error
         if inverted:
@@ -100,7 +150,7 @@ class Chat:
             ValueError: the model's template has no place for one.
         """
         system: Messages = [] if text is None else [{"role": "system", "content": text}]
-        self.processor.encode([*system, {"role": "user", "content": "?"}], add_generation_prompt=True)
+        self.speaker.encode([*system, {"role": "user", "content": "?"}])
         self._system = system
 
     def reset(self) -> None:
@@ -115,7 +165,7 @@ class Chat:
                 as not asked.
             ValueError: the question cannot be encoded; it counts as not asked.
         """
-        if unknown := self.processor.unknown_words(question):
+        if unknown := self.speaker.unknown_words(question):
             self.tell(f"the model does not know the words: {', '.join(unknown)}")
         asked = [*self._rounds, {"role": "user", "content": self._content(question)}]
         try:
@@ -146,7 +196,7 @@ class Chat:
             raise ValueError(f"{path}: cannot be written ({error.strerror})") from error
 
     def _warn_of_length(self) -> None:
-        limit, tokens = self.speaker.model.config.language.max_length, self.speaker.total_tokens
+        limit, tokens = self.speaker.max_length, self.speaker.total_tokens
         if limit is not None and tokens > limit:
             self.tell(
                 f"the conversation has {tokens:,} tokens, and the model was trained on at most {limit:,}: "
@@ -154,15 +204,10 @@ class Chat:
             )
 
     def _content(self, question: str) -> str | list[dict[str, Any]]:
-        """The pending pictures and the question.
-
-        Role tokens are of models trained here, on pictures that are introduced by their number in the
-        conversation; other templates, and `image_words`, say all that is to be said.
-        """
+        """The pending pictures and the question."""
         if not self.pending:
             return question
-        config = self.processor.config
-        if config.template != "role_tokens" or config.image_words is not None:
+        if not self.speaker.numbers_images:
             return [*self.pending, *_texts([question])]
         contents = [m["content"] for m in self._rounds if isinstance(m["content"], list)]
         shown = sum(part["type"] == "image" for content in contents for part in content)

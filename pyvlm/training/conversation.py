@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pyvlm.data.source import Messages
+from pyvlm.models.speaker import Messages
 from pyvlm.training.dialogue import Dialogue, Round
 
 

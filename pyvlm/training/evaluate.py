@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pyvlm.data.source import Messages
 from pyvlm.models.processor import Processor
+from pyvlm.models.speaker import Messages
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MODALITIES
 from pyvlm.training.bundled import Bundled, bundled_dialogues

@@ -22,7 +22,7 @@ from pyvlm.models.tower_config import ImageConfig
 from pyvlm.training.bundled import Bundled, words_of
 from pyvlm.training.digits import DigitsConfig
 from pyvlm.training.explain import TAGS, explain
-from pyvlm.training.recipe_paths import with_paths, with_settings
+from pyvlm.training.recipe_paths import with_checkpoint, with_paths, with_settings
 from pyvlm.training.sources import Data
 
 Positive = Annotated[int, Field(gt=0)]
@@ -357,6 +357,7 @@ def load_recipe(
     language: str | None = None,
     vision: Sequence[str] = (),
     data: Sequence[str] = (),
+    checkpoint: str | None = None,
     settings: Sequence[str] = (),
     **overrides: Any,
 ) -> Recipe:
@@ -369,6 +370,8 @@ def load_recipe(
         vision: folders of transformers that the vision towers start from: "NAME=FOLDER", or "FOLDER" for all
             towers of transformers that are not named.
         data: what the stages learn from: "STAGE=PATH", or "PATH" for all stages that are not named.
+        checkpoint: a folder of a LLaVA of transformers that all of the model starts from, with its tokenizer:
+            see `with_checkpoint`. `language` and `vision` then replace parts of it.
         settings: "KEY=VALUE", a dotted path into the recipe and what to put there, as YAML.
         overrides: replace keys at the top, after the variant's.
 
@@ -388,6 +391,8 @@ def load_recipe(
         if variant not in variants:
             raise ValueError(f"{name} has no variant {variant!r}; it has {sorted(variants) or 'none'}")
         content = merge(content, variants[variant])
+    if checkpoint is not None:
+        content = with_checkpoint(content, checkpoint)
     content = with_settings(with_paths(content, language, vision, data), settings)
     try:
         return Recipe.model_validate({**content, **overrides})

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pyvlm.models.pretrained_vlm import LlavaFolder, read_vlm
+
 # What a folder of an encoder says of itself, and better.
 OF_THE_FOLDER = ("encoder", "image_size", "mean", "std")
 
@@ -35,6 +37,60 @@ def with_paths(
             for name, stage in stages.items()
         }
     return content
+
+
+def with_checkpoint(content: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The content of a recipe whose model starts from a LLaVA of transformers.
+
+    Sizes, levels, tokenizer, chat template and image preprocessing are the folder's; the attention rule,
+    experts and adapters are the recipe's.
+
+    Raises:
+        ValueError: the recipe's model is put together in another way; one message that says all of it. Or as
+            `pyvlm.models.pretrained_vlm.read_vlm`.
+    """
+    found, model = read_vlm(folder), dict(content.get("model") or {})
+    if reasons := _mismatches(model, found):
+        raise ValueError(f"--from {folder} does not fit the recipe: {'; '.join(reasons)}")
+    (tower,) = model["vision_towers"]
+    language = {**(model.get("language") or {}), "pretrained": folder}
+    if language.get("max_length") is None:
+        language["max_length"] = found.max_length
+    model |= {
+        "pretrained": folder,
+        "image": found.image,
+        "tiling": found.tiling,
+        "vision_towers": [{"name": tower.get("name", "vision"), **found.tower}],
+        "language": language,
+    }
+    wording = {"image_token": found.image_token}
+    return {**content, "tokenizer": "language", "wording": wording, "model": model}
+
+
+def fitting_recipe(folder: str) -> str:
+    """The shipped recipe that trains a checkpoint's kind of model; errors as `with_checkpoint`."""
+    return "llava-1.5" if read_vlm(folder).tiling is None else "llava-1.6"
+
+
+def _mismatches(model: Mapping[str, Any], found: LlavaFolder) -> list[str]:
+    """In words, how a recipe's model differs from a checkpoint's in what it is made of."""
+    reasons, towers = [], model.get("vision_towers") or []
+    kinds = [tower.get("type") for tower in towers]
+    if kinds != ["transformers"]:
+        of_recipe = ", ".join(map(str, kinds)) or "none"
+        reasons.append(f"it has one vision tower of transformers, and the recipe these: {of_recipe}")
+    added = sorted({"align_dim", "downsample", "patches", "last_norm"} & {key for t in towers for key in t})
+    added += sorted(set(model.get("fusion") or {}))
+    if added:
+        reasons.append(f"it has nothing between tower and connector, and the recipe has {', '.join(added)}")
+    connector = model.get("connector", "mlp2x_gelu")
+    if connector != found.connector:
+        kind = connector.get("type") if isinstance(connector, Mapping) else connector
+        reasons.append(f"its connector is {found.connector}, and the recipe's {kind}")
+    if (model.get("tiling") is None) != (found.tiling is None):
+        one, other = ("tiles", "none") if found.tiling is not None else ("no tiles", "some")
+        reasons.append(f"it has {one}, and the recipe {other}")
+    return reasons
 
 
 def _with_encoders(towers: Iterable[Mapping[str, Any]], vision: Sequence[str]) -> list[Mapping[str, Any]]:

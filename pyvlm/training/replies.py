@@ -1,19 +1,20 @@
 """What the model answers: to many conversations at once, or to one that goes on round by round."""
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyvlm.data.source import Messages
 from pyvlm.models.generation import outlasts_its_prompt
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.speaker import Interrupted, Messages, Sampling
 from pyvlm.models.streaming import TextStream
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.attention import KeyValueCache
+from pyvlm.training.pictures import read_picture
 
 MAX_ANSWER_TOKENS = 48  # of a dialogue about digits: five words an image, of up to nine, and some more
 PER_TOKEN = ("input_ids", "labels")  # what else a sample holds has entries for its images
@@ -39,26 +40,8 @@ def reply_to_samples(
     return [processor.decode(row) for row in tokens_BN]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: see `VLM.generate`; `seed` is that of all answers of a conversation together."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C stopped an answer; `text` is what had been said of it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = text
-
-
-class Speaker:
-    """Answers a conversation round by round.
+class VLMSpeaker:
+    """A model of pyvlm that answers conversations, one of them round by round: see `pyvlm.models.speaker`.
 
     Keys and values of a round's tokens serve the next round, as far as its tokens and images are the same, so
     that an image is encoded once. The answers are those of computing everything again.
@@ -77,18 +60,32 @@ class Speaker:
         self._held: list[int] = []  # the tokens in the cache
         self._sample: Sample = {}  # the prompt of the round before
 
+    @property
+    def max_length(self) -> int | None:
+        return self.model.config.language.max_length
+
+    @property
+    def numbers_images(self) -> bool:
+        """Role tokens are of models trained here, on pictures that are introduced by their number in the
+        conversation; other templates, and `image_words`, say all that is to be said."""
+        config = self.processor.config
+        return config.template == "role_tokens" and config.image_words is None
+
+    def read_picture(self, path: str | os.PathLike[str]) -> tuple[Any, bool]:
+        """Models of grey images are models of strokes and take it as `read_strokes` reads it."""
+        return read_picture(path, self.processor.config.image)
+
+    def unknown_words(self, text: str) -> list[str]:
+        return self.processor.unknown_words(text)
+
+    def encode(self, messages: Messages) -> Sample:
+        return self.processor.encode(messages, add_generation_prompt=True)
+
+    def reply(self, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+        return reply_to_samples(self.model, self.processor, samples, max_new_tokens)
+
     def answer(self, messages: Messages, write: Callable[[str], None] | None = None) -> str:
-        """The answer to a conversation that ends with a question.
-
-        Args:
-            messages: the conversation.
-            write: called with each new piece of text as soon as later tokens cannot change it.
-
-        Raises:
-            Interrupted: in place of KeyboardInterrupt, with what has been said.
-            ValueError: as `Processor.encode`.
-        """
-        sample = self.processor.encode(messages, add_generation_prompt=True)
+        sample = self.encode(messages)
         prompt = sample["input_ids"].tolist()
         reused, room = self._reusable(sample), len(prompt) + self.sampling.max_new_tokens
         if reused and self._cache is not None:
@@ -101,7 +98,7 @@ class Speaker:
         self._cache = None  # what an interruption leaves of it is of no use
 
         tokens: list[int] = []
-        stream = TextStream(self.processor)
+        stream = TextStream(self.processor.tokenizer, [self.processor.end_token_id])
 
         def hear(token_B: Tensor) -> None:
             tokens.append(int(token_B))

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from pyvlm.data.readers import RecordFile, is_data
-from pyvlm.data.source import Messages
 from pyvlm.models.config import ImageConfig
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.speaker import Messages
 from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
 from pyvlm.training.pictures import read_picture

@@ -11,8 +11,9 @@ from pydantic import Discriminator, Tag
 
 from pyvlm._tell import tell
 from pyvlm.data.files import FilesConfig, FilesSource
-from pyvlm.data.source import Messages, Source
+from pyvlm.data.source import Source
 from pyvlm.models.processor import Processor, Sample
+from pyvlm.models.speaker import Messages
 from pyvlm.training.bundled import Dialogues, bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
 from pyvlm.training.dialogue import Split

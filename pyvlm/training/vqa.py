@@ -10,8 +10,8 @@ from typing import Any
 
 from pyvlm.data.bad_records import BadRecord
 from pyvlm.data.records import IMAGE_MARK, conversation
-from pyvlm.data.source import Messages
 from pyvlm.models.checkpoint import read_file
+from pyvlm.models.speaker import Messages
 
 NAMED = 5  # bad records of each reason that are told of one by one
 

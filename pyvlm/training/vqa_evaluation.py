@@ -10,12 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pyvlm.data.bad_records import BadRecord
-from pyvlm.data.source import Messages
-from pyvlm.models.processor import Processor, Sample
-from pyvlm.models.tower_config import ImageConfig
-from pyvlm.models.vlm import VLM
-from pyvlm.training.pictures import read_picture
-from pyvlm.training.replies import reply_to_samples
+from pyvlm.models.speaker import Messages, Speaker
 from pyvlm.training.vqa import Question, Skipped
 from pyvlm.training.vqa_metrics import (
     FEWEST_HUMANS,
@@ -45,8 +40,7 @@ class Prediction:
 
 
 def answer_questions(
-    model: VLM,
-    processor: Processor,
+    speaker: Speaker,
     questions: Sequence[Question],
     skipped: Skipped,
     *,
@@ -58,7 +52,7 @@ def answer_questions(
     """Greedy answers, in the order of the questions.
 
     Args:
-        model, processor: see `pyvlm.training.chat.load_model`.
+        speaker: what answers; see `pyvlm.training.chat.load_speaker`.
         questions: of `read_questions`.
         skipped: gets the questions that cannot be encoded, such as those with a damaged image.
         batch_size: how many are answered together.
@@ -73,37 +67,36 @@ def answer_questions(
             encoded = [
                 (question, sample)
                 for question in asked
-                if (sample := _encode(question, processor, instruction, skipped)) is not None
+                if (sample := _encode(question, speaker, instruction, skipped)) is not None
             ]
             if encoded:
                 samples = [sample for _, sample in encoded]
-                answers = reply_to_samples(model, processor, samples, max_new_tokens)
+                answers = speaker.reply(samples, max_new_tokens)
                 for (question, _), text in zip(encoded, answers, strict=True):
                     yield Prediction(question, text.strip())
             bar.update(len(asked))
 
 
-def _encode(question: Question, processor: Processor, instruction: str, skipped: Skipped) -> Sample | None:
+def _encode(question: Question, speaker: Speaker, instruction: str, skipped: Skipped) -> Any | None:
     *before, last = question.messages
     if instruction:
         content = last["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         last = {**last, "content": [*parts, {"type": "text", "text": f"\n{instruction}"}]}
     try:
-        messages = _with_pictures([*before, last], processor.config.image)
-        return processor.encode(messages, add_generation_prompt=True)
+        return speaker.encode(_with_pictures([*before, last], speaker))
     except ValueError as error:
         skipped.add(question.where, BadRecord("cannot be encoded", str(error)))
         return None
 
 
-def _with_pictures(messages: Messages, image: ImageConfig) -> Messages:
+def _with_pictures(messages: Messages, speaker: Speaker) -> Messages:
     """The messages with the pictures at their paths, as the model takes them."""
 
     def read(part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "image" or not isinstance(part["image"], str):
             return part
-        return {**part, "image": read_picture(part["image"], image)[0]}
+        return {**part, "image": speaker.read_picture(part["image"])[0]}
 
     return [
         message

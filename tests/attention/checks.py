@@ -20,8 +20,9 @@ def assert_results_close(
     sinks: Tensor | None = None,
 ) -> None:
     """out, lse, dq, dk, dv (and dsinks) within the policy, for random cotangents of out and lse."""
-    out_grad = torch.randn(q.shape).to(q.dtype)
-    lse_grad = torch.randn(*q.shape[:2], len(spans.range_classes) if spans.separate else 1, q.shape[2])
+    out_grad = torch.randn(q.shape).to(q)
+    streams = len(spans.range_classes) if spans.separate else 1
+    lse_grad = torch.randn(*q.shape[:2], streams, q.shape[2]).to(q.device)
     inputs = (q, k, v, spans, out_grad, lse_grad, scale, softcap, sinks)
     expected, plain = expected_and_plain(*inputs)
     actual = results(span_attention, *inputs, return_lse=True, backend=backend)

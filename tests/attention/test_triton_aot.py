@@ -20,7 +20,7 @@ def test_the_table_is_of_these_kernels() -> None:
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.name(call.kernels[0])}")
 def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path)
+    ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path, call.spills)
 
 
 def specialisations(call: Call, **changed: Any) -> list[tuple[str, str, Any]]:

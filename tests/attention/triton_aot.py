@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ahead_of_time import TYPES, Launch, recorded, write_table
+from ahead_of_time import ARCHITECTURES, TYPES, Launch, recorded, write_table
 from pyvlm.triton_kernels import attention
 
 TABLE = Path(__file__).with_name("triton_aot.json")
@@ -29,7 +29,15 @@ class Call:
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
-        return () if self.dtype == torch.float32 else MAIN_KERNELS
+        if self.dtype == torch.float32:
+            return ()
+        # Tiles of grad_kv that wgmma or tcgen05 takes leave a head dimension of 256 too few registers.
+        return MAIN_KERNELS if self.head_dim <= 128 or self.architecture == 80 else MAIN_KERNELS[:2]
+
+    @property
+    def spills(self) -> int:
+        """Bytes that are known to spill: a float32 product is three of tf32, with fragments of their own."""
+        return 672 if self.dtype == torch.float32 and self.head_dim > 64 else 0
 
     def name(self, kernel: str) -> str:
         return f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}"
@@ -65,13 +73,27 @@ class Call:
         return recorded_launches
 
 
+HELPERS = ("summarise_keys", "summarise_queries", "row_statistics")
+STREAMS = ("one range", "joint", "separate")
 CALLS = (
-    *(Call(architecture, head_dim, "separate") for architecture in (80, 90, 100) for head_dim in (64, 128)),
-    *(Call(90, head_dim, "one range") for head_dim in (64, 128)),
-    Call(90, 128, "joint", kernels=("grad_kv_kernel",)),
-    Call(90, 64, "separate", torch.float32),
-    Call(90, 128, "separate", kernels=("summarise_keys", "summarise_queries", "row_statistics")),
-    Call(90, 128, "separate", queries=1, kernels=("decode_kernel", "combine_kernel")),
+    *(
+        Call(architecture, head_dim, streams)
+        for architecture in ARCHITECTURES
+        for head_dim in (64, 128, 256)
+        for streams in STREAMS
+    ),
+    *(Call(architecture, 64, "separate", torch.float32) for architecture in ARCHITECTURES),
+    *(Call(90, head_dim, "separate", torch.float32) for head_dim in (128, 256)),
+    *(Call(architecture, 128, "separate", kernels=HELPERS) for architecture in ARCHITECTURES),
+    *(
+        Call(architecture, head_dim, "separate", queries=1, kernels=("decode_kernel", "combine_kernel"))
+        for architecture in ARCHITECTURES
+        for head_dim in (64, 128, 256)
+    ),
+    *(
+        Call(90, head_dim, "separate", torch.float32, queries=1, kernels=("decode_kernel",))
+        for head_dim in (64, 128, 256)
+    ),
 )
 
 

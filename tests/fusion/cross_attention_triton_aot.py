@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ahead_of_time import TYPES, Launch, recorded, write_table
+from ahead_of_time import ARCHITECTURES, TYPES, Launch, recorded, write_table
 from pyvlm.triton_kernels import cross_attention
 
 TABLE = Path(__file__).with_name("cross_attention_triton_aot.json")
@@ -53,7 +53,7 @@ class Call:
 
 
 CALLS = (
-    *(Call(architecture) for architecture in (80, 90, 100)),
+    *(Call(architecture) for architecture in ARCHITECTURES),
     Call(90, dtype=torch.float32),
     Call(90, masked=True),
     Call(90, dim=128),

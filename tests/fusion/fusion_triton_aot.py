@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ahead_of_time import TYPES, Launch, recorded, write_table
+from ahead_of_time import ARCHITECTURES, TYPES, Launch, recorded, write_table
 from pyvlm.triton_kernels import fusion
 
 TABLE = Path(__file__).with_name("fusion_triton_aot.json")
@@ -54,12 +54,12 @@ class Call:
 
 
 CALLS = (
-    *(Call(architecture) for architecture in (80, 90, 100)),
+    *(Call(architecture) for architecture in ARCHITECTURES),
     *(Call(90, channels=channels) for channels in (1152, 768, 4096)),
     Call(90, dtype=torch.float32),
     *(Call(90, per_level=letters) for letters in ("w", "g", "wg")),
     Call(90, dtype=torch.float32, per_level="g"),
-    Call(90, kernels=("table_kernel",)),
+    *(Call(architecture, kernels=("table_kernel",)) for architecture in ARCHITECTURES),
 )
 
 if __name__ == "__main__":

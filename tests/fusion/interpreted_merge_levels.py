@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusion.fusion_cases import SMALL_CASES, MergeCase
 from pyvlm.triton_kernels import fusion
 from pyvlm.triton_kernels.common import INTERPRETED
 from pyvlm.triton_kernels.fusion import Config, Tiles
@@ -114,7 +115,23 @@ def assert_right(problem: Problem) -> None:
     for name, value in actual.items():
         assert value.dtype == plain[name].dtype, name
         assert value.is_contiguous(), name
-        assert_close(value, expected[name], plain[name], name)
+        # The norm of one channel is 0, and a level's gradient what is left of two equal terms of this size.
+        cancels = name.startswith("levels") and problem.levels[0].shape[-1] == 1
+        terms = problem.eps**-0.5 if cancels else 0.0
+        assert_close(value, expected[name], plain[name], name, terms)
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_shared_cases(case: MergeCase) -> None:
+    """Each in one dtype: neighbours differ."""
+    dtype = DTYPES[SMALL_CASES.index(case) % 3]
+    levels, parameters = shortened(case).inputs(dtype)
+    assert_right(Problem(levels, parameters))
+
+
+def shortened(case: MergeCase) -> MergeCase:
+    """With as many tokens as still make several tiles and shares of programs: the interpreter is slow."""
+    return replace(case, levels=min(case.levels, 5), images=min(case.images, 2), tokens=min(case.tokens, 19))
 
 
 def test_the_kernels_are_interpreted() -> None:

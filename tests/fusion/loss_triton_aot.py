@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ahead_of_time import TYPES, Launch, recorded, write_table
+from ahead_of_time import ARCHITECTURES, TYPES, Launch, recorded, write_table
 from pyvlm.triton_kernels import loss
 
 TABLE = Path(__file__).with_name("loss_triton_aot.json")
@@ -52,10 +52,10 @@ class Call:
 
 
 CALLS = (
-    *(Call(architecture) for architecture in (80, 90, 100)),
-    *(Call(architecture, softcap=30.0, kernels=PRODUCTS[:2]) for architecture in (80, 90, 100)),
-    Call(90, dtype=torch.float32),
-    Call(90, kernels=OTHERS),
+    *(Call(architecture) for architecture in ARCHITECTURES),
+    *(Call(architecture, softcap=30.0, kernels=PRODUCTS[:2]) for architecture in ARCHITECTURES),
+    *(Call(architecture, dtype=torch.float32) for architecture in ARCHITECTURES),
+    *(Call(architecture, kernels=OTHERS) for architecture in ARCHITECTURES),
 )
 
 if __name__ == "__main__":

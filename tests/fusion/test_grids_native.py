@@ -139,6 +139,17 @@ def test_gradcheck_of_fuse_grids(name: str) -> None:
     assert gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("target", [(4, 4), (5, 3), (1, 1)])  # windows that divide the map, and that overlap
+def test_an_area_of_half_precision_is_rounded_once(
+    target: tuple[int, int], images: int, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(images, 16 * 16 + 1, 40) + 3).to(dtype)[:, 1:]
+    exact = fuse_grids([x.float()], [(16, 16)], target, mode="area", backend="native")
+    assert torch.equal(fuse_grids([x], [(16, 16)], target, mode="area", backend="native"), exact.to(dtype))
+
+
 # ---- patches_to_token
 
 EXPERTS = ((12, 20, 3), (10, 33, 1), (5, 7, 5))  # tokens, channels and patches

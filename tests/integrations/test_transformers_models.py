@@ -1,6 +1,6 @@
-"""Models of transformers on pyvlm's kernels against their own eager attention: what `accelerate` must not change.
+"""Models of transformers on pyvlm's kernels against their own: what `accelerate` must not change.
 
-Only the logits of real tokens are compared: a padding query sees nothing here, and something in eager attention.
+Only logits of real tokens are compared: a padding query sees nothing here, and something in eager attention.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,8 @@ import torch
 from tolerance import assert_close
 from torch import Tensor, nn
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers, an optional package, is not installed"
-)
+pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
+import transformers
 from integrations.transformers_models import ENCODERS, FAMILIES, IMAGE, SIZE, Family, noise
 from transformers import PreTrainedModel
 
@@ -30,8 +29,8 @@ NAMES = [
     )
     for name, family in FAMILIES.items()
 ]
-# SDPA has no soft cap, and eager attention, which rounds its softmax to float32, makes NaN of a row of padding in
-# float64: these families are compared with eager attention on rows without padding.
+# SDPA has no soft cap, and eager attention, which rounds its softmax to float32, makes NaN of a row of
+# padding in float64: these families are compared with eager attention on rows without padding.
 SOFTCAPPED = {"gemma2": ((9,), (9,)), "paligemma2": ((3, "image", 4), (1, "image", 6))}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -236,7 +235,7 @@ def test_windows_of_an_encoder_are_one_call(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_gemma_keeps_its_bidirectional_images_where_flash_drops_them() -> None:
-    """A later token of an image must reach an earlier one. transformers' flash mask never asks the mask function."""
+    """A later token of an image must reach an earlier one; transformers' flash masks never ask it."""
     from transformers.masking_utils import flash_attention_mask
 
     family = FAMILIES["gemma3"]

@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers, an optional package, is not installed"
-)
+pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
 from integrations.transformers_models import FAMILIES, IMAGE
 from transformers import DynamicCache, PreTrainedModel
 

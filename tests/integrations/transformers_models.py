@@ -1,7 +1,7 @@
 """Small random models of every family that pyvlm is tested with in transformers, and batches for them.
 
-A family makes its model from a config of its own, and turns rows of pieces ("image", or a number of text tokens)
-into what the model's processor would give: left-padded ids, pictures, sizes.
+A family makes its model from a config of its own, and turns rows of pieces ("image", or a number of text
+tokens) into what the model's processor would give: left-padded ids, pictures, sizes.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers, an optional package, is not installed"
-)
+pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
+import transformers
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
@@ -123,7 +122,7 @@ class Family:
 
 
 def fill(rows: tuple[Row, ...], tokens: int, image_token: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask [rows, longest], padded on the left; an image is that many image tokens."""
+    """input_ids and attention_mask [rows, longest], padded on the left; an image is `tokens` image tokens."""
     random = torch.Generator().manual_seed(7)
     ids = []
     for row in rows:

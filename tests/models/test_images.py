@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pyvlm.models import load_image
-from pyvlm.models.images import to_pixels
+from pyvlm.models import ImageConfig, load_image
+from pyvlm.models.images import fit_image, to_pixels
 
 
 def grey(height: int = 9, width: int = 7) -> np.ndarray:
@@ -164,3 +164,17 @@ def test_padding_keeps_proportions(height: int, width: int) -> None:
     outside[top : top + height, left : left + width] = False
     for channel, value in zip(pixels, (0.25, 0.5, 0.75), strict=True):
         assert (channel[outside] == value).all()
+
+
+@pytest.mark.parametrize("resample", [None, "bilinear"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_middle_is_cut_out(resample: str | None, channels: int) -> None:
+    picture = np.zeros((8, 20, channels), np.uint8)
+    picture[:, 6:14] = 255
+    config = ImageConfig(size=4, channels=channels, fit="crop", resample=resample)
+    assert fit_image(Image.fromarray(picture.squeeze()), config).min() > 0.7  # softened at the cut in 8 bits
+    inner = np.kron(np.arange(16).reshape(4, 4) * 16, np.ones((2, 2))).astype(np.uint8)
+    wide = np.pad(inner, ((0, 0), (6, 6)))
+    if resample is None:
+        square = fit_image(inner, ImageConfig(size=4, channels=channels))
+        assert torch.equal(fit_image(wide, config), square)

@@ -38,7 +38,7 @@ def make(kind: str) -> Processor:
 def test_characters_come_whole_and_early(kind: str) -> None:
     processor = make(kind)
     ids = processor.tokenizer.encode(TEXT, add_special_tokens=False).ids
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) == TEXT == processor.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
@@ -51,7 +51,7 @@ def test_characters_come_whole_and_early(kind: str) -> None:
 
 def test_words_are_spaced() -> None:
     processor = make("words")
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     ids = processor.tokenizer.encode("it is so").ids
     assert [stream.push(i) for i in ids] == ["it", " is", " so"]
 
@@ -66,14 +66,14 @@ def test_any_tokens_give_their_text(kind: str, data: st.DataObject) -> None:
     units = [[i] for i, name in names.items() if not name.startswith("<0x")]
     units += [processor.tokenizer.encode(char).ids for char in "é你😀"] * 20
     ids = [i for unit in data.draw(st.lists(st.sampled_from(units), max_size=8)) for i in unit]
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     assert "".join([*map(stream.push, ids), stream.flush()]) == processor.decode(ids)
 
 
 def test_what_was_shown_stays_where_a_byte_breaks_the_rest() -> None:
     processor = make("sentencepiece")
     ids = [processor.tokenizer.token_to_id(name) for name in ("<0x41>", "<0xE4>", "It")]
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     assert [stream.push(i) for i in ids] == ["A", "", "\ufffdIt"]
     assert processor.decode(ids) == "\ufffd\ufffdIt"
 
@@ -81,7 +81,7 @@ def test_what_was_shown_stays_where_a_byte_breaks_the_rest() -> None:
 def test_nothing_comes_from_the_end_on() -> None:
     processor = make("bytes")
     ids = processor.tokenizer.encode("It is").ids
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     pushed = [stream.push(i) for i in [*ids, processor.end_token_id, *ids]]
     assert "".join(pushed) == "It is"
     assert stream.ended
@@ -90,7 +90,7 @@ def test_nothing_comes_from_the_end_on() -> None:
 
 def test_what_was_cut_off_is_flushed() -> None:
     processor = make("bytes")
-    stream = TextStream(processor)
+    stream = TextStream(processor.tokenizer, [processor.end_token_id])
     ids = processor.tokenizer.encode("It😀").ids[:-1]
     assert "".join(map(stream.push, ids)) == "It"
     assert stream.flush() == "\ufffd"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe.cases import SMALL_CASES, ExpertCase
 from moe_helpers import random_layer
 from pyvlm.triton_kernels import moe
 from pyvlm.triton_kernels.common import INTERPRETED
@@ -163,6 +164,20 @@ def test_every_kind_of_expert(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_with_the_default_tiles(dtype: torch.dtype) -> None:
     assert_right(problem_of(routed(70, 3), 72, 40, dtype, biases=True, config=None))
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_shared_cases(case: ExpertCase) -> None:
+    """Each in one dtype and by one way of loading; fewer tokens and narrower, for the interpreter is slow."""
+    index = SMALL_CASES.index(case)
+    sizes = {"tokens": min(case.tokens, 40), "hidden": min(case.hidden, 70)}
+    case = replace(case, **sizes, intermediate=min(case.intermediate, 67))
+    leaves = dict(zip(("x", "gate_up", "down"), case.inputs(DTYPES[index % 3]), strict=True))
+    routing = case.route(case.logits())
+    leaves = {name: leaves.get(name) for name in NAMES} | {"weight": routing.weight.detach()}
+    assert_right(
+        Problem({"x": leaves.pop("x"), **leaves}, routing, config=(CONFIG, POINTERS)[index // 3 % 2])
+    )
 
 
 ROUTINGS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ahead_of_time import TYPES, Launch, recorded, write_table
+from ahead_of_time import ARCHITECTURES, TYPES, Launch, recorded, write_table
 from pyvlm.triton_kernels import moe
 
 TABLE = Path(__file__).with_name("moe_triton_aot.json")
@@ -76,10 +76,11 @@ class Call:
 
 
 CALLS = (
-    *(Call(architecture) for architecture in (80, 90, 100)),
-    Call(90, dtype=torch.float32),
-    Call(90, kernels=OTHERS),
-    *(Call(architecture, tokens=8, kernels=("up_kernel", "down_kernel")) for architecture in (80, 90, 100)),
+    *(Call(architecture) for architecture in ARCHITECTURES),
+    *(Call(architecture, dtype=torch.float32) for architecture in ARCHITECTURES),
+    *(Call(architecture, kernels=OTHERS) for architecture in ARCHITECTURES),
+    *(Call(architecture, tokens=8) for architecture in ARCHITECTURES),
+    Call(90, dtype=torch.float32, tokens=8),
 )
 
 if __name__ == "__main__":

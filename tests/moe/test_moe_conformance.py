@@ -4,7 +4,7 @@ import conformance
 import pytest
 import torch
 from conformance import Case
-from moe_helpers import chosen, dense_weights
+from moe.moe_helpers import chosen, dense_weights
 from tolerance import assert_conforms
 from torch import Tensor
 

@@ -8,6 +8,7 @@ import yaml
 from pyvlm.cli import main
 from pyvlm.training import ablate as ablation
 from pyvlm.training.ablate import Outcome, Run, ablate, conclude, format_markdown
+from pyvlm.training.ablation_chart import Curve, draw_curves
 from pyvlm.training.ablation_plan import Variant, connector_preset, parse_vary, plan_variants
 from pyvlm.training.flops import StepCosts, total
 from pyvlm.training.recipe import Recipe
@@ -220,3 +221,21 @@ def test_the_command(tmp_path, small_recipe, capsys):
     assert f"results: {out / 'results.md'}" in printed
     assert main([*command[:2], "--vary", "mask=none", "--out", str(out)]) == 2
     assert "variant mask=none is not a valid recipe" in capsys.readouterr().err
+
+
+def test_variants_share_colours_and_kinds_of_line() -> None:
+    """Two things varied: the first is told by the colour, the other by the line."""
+    labels = [f"connector={a}, mask={b}" for a in ("linear", "resampler") for b in ("causal", "mmca")]
+    figure = draw_curves(
+        [Curve(label, [1e9, 2e9], [[0.1, 0.5], [0.2, 0.6]], 3e9, [0.5, 0.7]) for label in labels]
+    )
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines if line.get_label() in labels}
+    assert list(lines) == labels
+    colours = [line.get_color() for line in lines.values()]
+    kinds = [line.get_linestyle() for line in lines.values()]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert kinds[0] == kinds[2] != kinds[1] == kinds[3]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+    figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1  # beside the curves

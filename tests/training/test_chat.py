@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 
 from pyvlm.models.processor import Processor
+from pyvlm.models.speaker import Interrupted, Sampling
 from pyvlm.models.vlm import VLM
 from pyvlm.training.chat import Chat, load_model
 from pyvlm.training.conversation import answer, ask, open_conversation
 from pyvlm.training.digits import load_split
 from pyvlm.training.pictures import write_pictures
-from pyvlm.training.replies import Interrupted, Sampling, Speaker, reply
+from pyvlm.training.replies import VLMSpeaker, reply
 from pyvlm.training.samples import read_samples
 
 TOKENS = 6
@@ -36,8 +37,8 @@ def paths(tmp_path):
 
 def chat_of(model_and_processor, paths=(), told=None, **options):
     tell = [].append if told is None else told.append
-    options.setdefault("sampling", Sampling(max_new_tokens=TOKENS))
-    return Chat(*model_and_processor, paths, tell, **options)
+    sampling = options.pop("sampling", Sampling(max_new_tokens=TOKENS))
+    return Chat(VLMSpeaker(*model_and_processor, sampling), paths, tell, **options)
 
 
 def texts(message):
@@ -56,7 +57,7 @@ def texts(message):
 )
 def test_rounds_are_answered_as_if_all_were_computed_again(model, language, reuses):
     vlm, processor = model(language=language)
-    speaker = Speaker(vlm, processor, Sampling(max_new_tokens=TOKENS))
+    speaker = VLMSpeaker(vlm, processor, Sampling(max_new_tokens=TOKENS))
     images = load_split("test")[0]
     conversation = open_conversation(list(images[:2]), "which digit is in image 1?")
     answers = []
@@ -74,7 +75,7 @@ def test_rounds_are_answered_as_if_all_were_computed_again(model, language, reus
 
 def test_another_picture_in_the_same_place_is_seen(model):
     vlm, processor = model()
-    speaker = Speaker(vlm, processor, Sampling(max_new_tokens=TOKENS))
+    speaker = VLMSpeaker(vlm, processor, Sampling(max_new_tokens=TOKENS))
     images, question = load_split("test")[0], "which digit is in image 1?"
     differs = []
     for one, other in zip(images[:6], images[6:12], strict=True):

@@ -10,12 +10,13 @@ import time
 import pytest
 import torch
 
+from pyvlm.models.speaker import Sampling
 from pyvlm.models.vlm import VLM
 from pyvlm.training.chat import Chat
 from pyvlm.training.chat_session import ChatSession, complete_with_tab, harmless
 from pyvlm.training.digits import load_split
 from pyvlm.training.pictures import write_pictures
-from pyvlm.training.replies import Sampling
+from pyvlm.training.replies import VLMSpeaker
 
 QUESTION = "which digit is in image 1?"
 
@@ -43,7 +44,7 @@ def session(small_recipe):
                 raise line
             return line
 
-        chat = Chat(VLM(recipe.model), recipe.processor(), [], told.append, Sampling(6))
+        chat = Chat(VLMSpeaker(VLM(recipe.model), recipe.processor(), Sampling(6)), [], told.append)
         made = ChatSession(chat, read, written.append, told.append, interactive)
         made.prompts, made.written, made.told = prompts, written, told
         return made
@@ -187,7 +188,7 @@ class Terminal:
 
 def test_on_a_terminal(session, paths, tmp_path):
     chat = session().chat
-    model, processor = chat.speaker.model, chat.processor
+    model, processor = chat.speaker.model, chat.speaker.processor
     with torch.no_grad():  # another word is always likelier than the end
         model.language.embed_tokens.weight[processor.end_token_id] = 0
     model.save_pretrained(tmp_path / "model", processor)

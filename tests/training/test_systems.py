@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from pyvlm.models import VLM, hash_parts, upcycle
+from pyvlm.models.speaker import Sampling
 from pyvlm.training.chat import Chat, load_model
 from pyvlm.training.photos import photographs
 from pyvlm.training.recipe import Recipe, load_recipe, shipped_recipes
 from pyvlm.training.recipe_card import card, list_recipes
+from pyvlm.training.replies import VLMSpeaker
 from pyvlm.training.trainer import new_model, train
 
 SYSTEMS = [name for name in shipped_recipes() if name != "demo"]
@@ -88,7 +90,7 @@ def test_every_stage_trains_its_parts_and_the_model_talks(name: str, tmp_path: P
     assert_same(model.state_dict(), trained.model.state_dict())
     picture = tmp_path / "cat.png"
     Image.fromarray(photographs()["cat"]).save(picture)
-    chat = Chat(model, processor, [picture], tell=lambda line: None)
+    chat = Chat(VLMSpeaker(model, processor, Sampling()), [picture], tell=lambda line: None)
     assert isinstance(chat.ask("what is in image 1?"), str)
     assert isinstance(chat.ask("what is in image 1?"), str)
 
@@ -165,7 +167,8 @@ def test_recipes_begin_with_checkpoints_and_data_from_disk(
     assert list((tmp_path / "run" / "lengths").glob("*.npz"))  # of the data's samples, for the next time
     model, processor = load_model(tmp_path / "run")
     assert_same(model.state_dict(), trained.model.state_dict())
-    chat = Chat(model, processor, [Path(folders["data"]).parent / "images" / "cat.png"], tell=lambda _: None)
+    picture = Path(folders["data"]).parent / "images" / "cat.png"
+    chat = Chat(VLMSpeaker(model, processor, Sampling()), [picture], tell=lambda _: None)
     assert isinstance(chat.ask("What is in the image?"), str)
 
 

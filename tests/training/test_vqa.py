@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pyvlm.models.speaker import Sampling
 from pyvlm.models.vlm import VLM
 from pyvlm.training.digits import load_split
 from pyvlm.training.pictures import write_pictures
-from pyvlm.training.replies import reply
+from pyvlm.training.replies import VLMSpeaker, reply
 from pyvlm.training.vqa import Question, Skipped, read_questions
 from pyvlm.training.vqa_evaluation import (
     Prediction,
@@ -166,7 +167,7 @@ def test_a_file_without_questions_is_an_error(folder, content, message):
 def model(small_recipe):
     torch.manual_seed(0)
     recipe = small_recipe(model={"initializer_range": 0.5})
-    return VLM(recipe.model).double(), recipe.processor()
+    return VLMSpeaker(VLM(recipe.model).double(), recipe.processor(), Sampling())
 
 
 def digit_questions(folder):
@@ -184,7 +185,7 @@ def test_answers_are_those_of_each_question_alone(folder, model, batch_size):
     questions = digit_questions(folder)
     skipped = Skipped([].append)
     options = {"batch_size": batch_size, "max_new_tokens": 6, "progress": False}
-    predictions = list(answer_questions(*model, questions, skipped, **options))
+    predictions = list(answer_questions(model, questions, skipped, **options))
     assert [prediction.question for prediction in predictions] == questions
     images = load_split("test")[0]
     alone = []
@@ -194,21 +195,17 @@ def test_answers_are_those_of_each_question_alone(folder, model, batch_size):
             # The picture on disk holds the digit in 8 bits.
             strokes = np.round(255 * images[i // 3]) / 255
             content = [{"type": "image", "image": strokes.astype(np.float32)}, content[1]]
-        alone += reply(*model, [[{"role": "user", "content": content}]], 6)
+        alone += reply(model.model, model.processor, [[{"role": "user", "content": content}]], 6)
     assert [prediction.given for prediction in predictions] == [text.strip() for text in alone]
     assert len(set(alone)) > 2
 
 
 def test_an_instruction_stands_behind_every_question(folder, model, monkeypatch):
-    vlm, processor = model
+    processor = model.processor
     seen, encode = [], processor.encode
     monkeypatch.setattr(processor, "encode", lambda m, **k: (seen.append(m), encode(m, **k))[1])
     questions = digit_questions(folder)[-2:]
-    list(
-        answer_questions(
-            vlm, processor, questions, Skipped([].append), instruction="in one word", progress=False
-        )
-    )
+    list(answer_questions(model, questions, Skipped([].append), instruction="in one word", progress=False))
     assert [[part.get("text") for part in m[0]["content"]] for m in seen] == [
         [None, "image 1", "\nin one word"],
         ["which digit", "\nin one word"],
@@ -221,14 +218,14 @@ def test_a_damaged_image_is_skipped_and_the_rest_of_its_batch_is_not(folder, mod
     told = []
     skipped = Skipped(told.append)
     predictions = list(
-        answer_questions(*model, questions, skipped, batch_size=4, max_new_tokens=2, progress=False)
+        answer_questions(model, questions, skipped, batch_size=4, max_new_tokens=2, progress=False)
     )
     assert len(predictions) == 7
     assert skipped.counts == {"cannot be encoded": 3}
     assert "line 4: cannot be encoded" in told[0]
     assert "b.png" in told[0]
     with pytest.raises(ValueError, match="line 4"):
-        list(answer_questions(*model, questions, Skipped(told.append, strict=True), progress=False))
+        list(answer_questions(model, questions, Skipped(told.append, strict=True), progress=False))
 
 
 def test_pictures_in_colour_stay_so(folder, small_recipe, monkeypatch):
@@ -239,7 +236,11 @@ def test_pictures_in_colour_stay_so(folder, small_recipe, monkeypatch):
     vlm, seen = VLM(recipe.model), []
     features = vlm.image_features
     monkeypatch.setattr(vlm, "image_features", lambda images: (seen.append(images), features(images))[1])
-    list(answer_questions(vlm, recipe.processor(), questions, Skipped([].append), progress=False))
+    list(
+        answer_questions(
+            VLMSpeaker(vlm, recipe.processor(), Sampling()), questions, Skipped([].append), progress=False
+        )
+    )
     expected = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     torch.testing.assert_close(seen[0], expected)
 

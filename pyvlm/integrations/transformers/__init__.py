@@ -1,8 +1,8 @@
-"""pyvlm in transformers: `accelerate(model)` for a model that is there, and "pyvlm" as the name of an attention and
-an experts implementation for `from_pretrained`.
+"""pyvlm in transformers: `accelerate(model)` for a model that is there, and "pyvlm" as the name of an
+attention and an experts implementation for `from_pretrained`.
 
-Only official extension points are used (the attention, mask and experts interfaces, and modules replaced as a
-whole); no forward of a model is copied.
+Only official extension points are used (the attention, mask and experts interfaces, `loss_function`, hooks,
+and modules replaced as a whole); no forward of a model is copied.
 """
 
 import warnings
@@ -12,7 +12,9 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from pyvlm.integrations.transformers import attention, experts, rules
+from pyvlm.integrations.transformers import attention, connectors, experts, rules
+from pyvlm.integrations.transformers import linear as linear_layers
+from pyvlm.integrations.transformers import loss as losses
 from pyvlm.integrations.transformers.changes import Change, Report
 
 __all__ = ["Change", "Report", "accelerate", "register", "restore"]
@@ -27,13 +29,20 @@ def register() -> None:
     experts.register()
 
 
-def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool = False) -> Report:
-    """Puts a model of transformers on pyvlm's kernels, in place; its weights and checkpoints stay as they are.
+def accelerate(
+    model: nn.Module, attention_rule: str | None = None, linear: bool = False, report: bool = False
+) -> Report:
+    """Puts a model of transformers on pyvlm's kernels, in place; weights and checkpoints stay as they are.
+
+    Attention, experts, the loss with the head before it, and the connectors that gain by it. A model that was
+    accelerated already is restored first.
 
     Args:
         model: a `PreTrainedModel`, or anything that holds some (a peft model, for one).
-        attention_rule: the rule of `TokenLayout.spans` that the language model attends by, as "mmca"; None: the
-            model's own.
+        attention_rule: the rule of `TokenLayout.spans` that the language model attends by, as "mmca"; None:
+            the model's own.
+        linear: also its linear layers, each shape where it is measured to be faster here (which takes some
+            seconds): torch's float32 products reach less than half of what some CPUs can do.
         report: also print the report.
 
     Returns:
@@ -51,6 +60,10 @@ def accelerate(model: nn.Module, attention_rule: str | None = None, report: bool
     changes = [] if attention_rule is None else rules.apply(model, attention_rule)
     changes += attention.apply(model)
     changes += experts.apply(model)
+    changes += losses.apply(model)
+    changes += connectors.apply(model)
+    if linear:
+        changes += linear_layers.apply(model)
     _changes[model] = changes
     made = Report(type(model).__name__, changes)
     if report:

@@ -3,8 +3,8 @@
 Three kinds of implementation are registered, all with the same mask function:
 
 - "pyvlm": any mask of transformers, as spans;
-- "pyvlm_flash": the same for vision encoders that pack windows or images in one row. They hand over the packed
-  lengths (one call) only where the name of the implementation says flash, and else call once a window;
+- "pyvlm_flash": the same for vision encoders that pack windows or images in one row. They hand over the
+  packed lengths (one call) only where the name of the implementation says flash, and else call once a window;
 - "pyvlm_" + a rule of `TokenLayout.spans`, as "pyvlm_mmca": what `pyvlm.accelerate(attention_rule=...)` sets.
 """
 
@@ -32,16 +32,41 @@ NAME, PACKED_NAME = "pyvlm", "pyvlm_flash"
 KERNEL = "pyvlm.ops.span_attention"
 # Model types whose every mask, cache and packed form is tested against their own eager attention.
 SUPPORTED = frozenset(
-    """
-    clip_vision_model siglip_vision_model siglip dinov2 pixtral internvl_vision idefics3_vision smolvlm_vision
-    qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision llama4_vision_model molmo2_vision
-    molmo2_adapter
-    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text mixtral qwen3_moe
-    qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text llama4_text molmo2_text
-    """.split()
+    {
+        "clip_vision_model",
+        "dinov2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "idefics3_vision",
+        "internvl_vision",
+        "llama",
+        "llama4_text",
+        "llama4_vision_model",
+        "mistral",
+        "mixtral",
+        "molmo2_adapter",
+        "molmo2_text",
+        "molmo2_vision",
+        "pixtral",
+        "qwen2",
+        "qwen2_5_vl_text",
+        "qwen2_5_vl_vision",
+        "qwen2_vl_text",
+        "qwen2_vl_vision",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_moe_vision",
+        "qwen3_vl_text",
+        "qwen3_vl_vision",
+        "siglip",
+        "siglip_vision_model",
+        "smolvlm_vision",
+    }
 )
 # Vision encoders that call attention once a window unless the implementation's name says flash.
-PACKED = frozenset("qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision".split())
+PACKED = frozenset({"qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision"})
 
 
 RULE_NAMES = {f"{NAME}_{rule}": rule for rule in RULES}
@@ -53,8 +78,7 @@ def rule_name(rule: str) -> str:
 
 
 def register() -> None:
-    """Makes pyvlm's implementations known to transformers: attention and mask, for without a mask function the
-    mask would silently be None."""
+    """Makes pyvlm's attention known to transformers, and its mask: without one it would silently be None."""
     names: dict[str, Callable[..., Any]] = {NAME: _attention, PACKED_NAME: _attention}
     names |= {name: _rule_attention(rule) for name, rule in RULE_NAMES.items()}
     for name, function in names.items():
@@ -63,7 +87,7 @@ def register() -> None:
 
 
 def apply(model: nn.Module) -> list[Change]:
-    """Sets the attention of every submodel of a supported type to pyvlm's; their configs say so until undone."""
+    """Sets the attention of every submodel of a supported type to pyvlm's, by its config, until undone."""
     changes, seen = [], set()
     for path, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or id(module.config) in seen:
@@ -166,8 +190,8 @@ def _rule_attention(rule: str) -> Callable[..., Any]:
         _refuse(module, key, value, dropout, kwargs)
         if attention_mask is None:
             raise ValueError(
-                f'{type(module).__name__} runs on "{rule_name(rule)}" without a mask of this rule: set the rule with '
-                f'pyvlm.accelerate(model, attention_rule="{rule}"), which also tells the model\'s layout'
+                f'{type(module).__name__} runs on "{rule_name(rule)}" without a mask of this rule: set '
+                f'the rule with pyvlm.accelerate(model, attention_rule="{rule}")'
             )
         make = lambda: unpack_spans(  # noqa: E731
             attention_mask, query.shape[2], key.shape[2], facts.range_classes, facts.separate
@@ -186,9 +210,7 @@ def _attend(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> tuple[Tensor, None]:
-    if (
-        spans.bounds.shape[0] != query.shape[0]
-    ):  # a mask of batch 1 for all rows, as transformers' own broadcast
+    if spans.bounds.shape[0] != query.shape[0]:  # one mask for all rows
         rows = query.shape[0]
         spans = AttentionSpans(
             spans.bounds.expand(rows, -1, -1, -1),
@@ -205,7 +227,7 @@ def _refuse(module: nn.Module, key: Tensor, value: Tensor, dropout: float, kwarg
     name = type(module).__name__
     if dropout:
         raise ValueError(
-            f"{name} asks for attention dropout {dropout}; pyvlm's attention has none: set it to 0 in the config"
+            f"{name} asks for attention dropout {dropout}, which pyvlm has not: set it to 0 in the config"
         )
     if kwargs.get("position_bias") is not None:
         raise ValueError(f'{name} adds a position bias to the scores: use attn_implementation="sdpa"')
@@ -213,8 +235,8 @@ def _refuse(module: nn.Module, key: Tensor, value: Tensor, dropout: float, kwarg
         raise ValueError(f'{name} runs on a paged cache, which pyvlm does not read: use "sdpa" for it')
     if key.shape[-1] != value.shape[-1]:
         raise ValueError(
-            f"{name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head; pyvlm's attention "
-            'wants one size: use attn_implementation="sdpa"'
+            f"{name} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head, and pyvlm's "
+            'attention wants one size: use attn_implementation="sdpa"'
         )
 
 

@@ -1,5 +1,6 @@
 """What `accelerate` did to a model, module by module, and how to take it back."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Change:
 
 
 class Report:
-    """What `pyvlm.accelerate` did: `changes`, and as text a line a module."""
+    """What `pyvlm.accelerate` did: `changes`, and as text a line for all layers that are alike."""
 
     def __init__(self, name: str, changes: Sequence[Change]) -> None:
         self.name = name
@@ -33,9 +34,10 @@ class Report:
     def __str__(self) -> str:
         rows = [("module", "part", "runs on", "")]
         for change in self.changes:
-            rows.append(
-                (change.module or "(model)", change.part, change.kernel or "as before", change.reason)
-            )
+            module = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", change.module) or "(model)"
+            row = (module, change.part, change.kernel or "as before", change.reason)
+            if row not in rows:
+                rows.append(row)
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)) for row in rows]
         return "\n".join([self.name, *(line.rstrip() for line in lines)])

@@ -1,8 +1,8 @@
 """Masks of transformers as spans: what its mask interface builds here in place of a dense mask.
 
-transformers describes a mask by a function of (batch, head, query, key) and lets each attention implementation
-build what it needs of it. Here that is a few integers a query: at most two key ranges, the second over keys of
-one class, which covers causal masks, windows, chunks, packed sequences, bidirectional images (Gemma 3, PaliGemma)
+transformers describes a mask by a function of (batch, head, query, key) and lets each implementation build
+what it needs of it. Here that is a few integers a query: at most two key ranges, the second over keys of one
+class, which covers causal masks, windows, chunks, packed sequences, bidirectional images (Gemma 3, PaliGemma)
 and images that all see each other (Molmo 2). They travel through the model in one 4-D int32 tensor, since
 every function of transformers hands a 4-D mask on untouched.
 
@@ -38,29 +38,32 @@ def spans_mask(
     """The mask of transformers' mask interface, packed as `pack_spans` does it; arguments as `sdpa_mask`'s.
 
     Raises:
-        ValueError: the mask is no two key ranges a query, the second over one class of keys (on an accelerator
-            and in a compiled graph, a device-side assertion instead).
+        ValueError: the mask is no two key ranges a query, the second over one class of keys (on an
+            accelerator and in a compiled graph, a device-side assertion instead).
     """
     device = torch.device(device)
+    past: Any = q_offset  # an int, or a tensor where a static cache counts on its device
     real = _real_keys(batch_size, kv_length, kv_offset, attention_mask, device)
     if mask_function is causal_mask_function:
-        end = torch.arange(1, q_length + 1, device=device) + (q_offset - kv_offset)
+        end = torch.arange(1, q_length + 1, device=device) + (past - kv_offset)
         end = end.clamp(0, kv_length).to(torch.int32).expand(batch_size, -1)
         bounds = torch.stack([torch.zeros_like(end), end], -1).unsqueeze(2)
         return pack_spans(bounds, real)
 
     def rows(start: int, stop: int) -> Tensor:
-        return sdpa_mask(
+        mask = sdpa_mask(
             batch_size,
             stop - start,
             kv_length,
-            q_offset + start,
+            past + start,
             kv_offset,
             mask_function,
             allow_is_causal_skip=False,
             use_vmap=use_vmap,
             device=device,
-        )[:, 0]
+        )
+        assert mask is not None  # it may be None only where a skip is allowed
+        return mask[:, 0]
 
     return pack_spans(*_find_ranges(rows, q_length, real))
 
@@ -69,13 +72,13 @@ def dense_spans(mask: Tensor) -> AttentionSpans:
     """The spans of a dense mask: bool [B, 1, Q, K], True where seen, or additive, 0 where seen.
 
     Raises:
-        ValueError: the mask differs between heads, adds anything else than 0 and very negative numbers, or is no
-            two key ranges a query.
+        ValueError: the mask differs between heads, adds anything else than 0 and very negative numbers, or is
+            no two key ranges a query.
     """
     if mask.shape[1] != 1:
         raise ValueError(
-            f"the attention mask is {list(mask.shape)}, with {mask.shape[1]} masks for the heads; pyvlm takes one "
-            'for all heads: load this model with attn_implementation="sdpa"'
+            f"the attention mask is {list(mask.shape)}, with {mask.shape[1]} masks for the heads; pyvlm "
+            'takes one for all heads: load this model with attn_implementation="sdpa"'
         )
     seen = mask[:, 0]
     if seen.dtype != torch.bool:
@@ -86,8 +89,8 @@ def dense_spans(mask: Tensor) -> AttentionSpans:
         zero = seen == 0
         if not torch.compiler.is_compiling() and not (zero | (seen < -1e4)).all():
             raise ValueError(
-                "the attention mask adds a bias to the scores; pyvlm has masks only (0 or very negative): load "
-                'this model with attn_implementation="sdpa"'
+                "the attention mask adds a bias to the scores; pyvlm has masks only (0 or very negative): "
+                'load this model with attn_implementation="sdpa"'
             )
         seen = zero
     batch, queries, keys = seen.shape
@@ -120,9 +123,9 @@ def unpack_spans(
     expected = queries + (keys + 1) // 2
     if mask.dim() != 4 or mask.shape[2:] != (expected, 2):
         raise ValueError(
-            f"the attention mask is {list(mask.shape)}; expected pyvlm's spans [batch, ranges, {expected}, 2] for "
-            f"{queries} queries and {keys} keys: the model cut or changed the mask, so that pyvlm cannot serve it; "
-            'load it with attn_implementation="sdpa"'
+            f"the attention mask is {list(mask.shape)}; expected pyvlm's spans [batch, ranges, {expected}, "
+            f"2] for {queries} queries and {keys} keys: the model cut or changed the mask, which "
+            'pyvlm cannot serve; load it with attn_implementation="sdpa"'
         )
     bounds = mask[:, :, :queries].movedim(1, 2).contiguous()
     classes = mask[:, 0, queries:].reshape(mask.shape[0], -1)[:, :keys].to(torch.uint8)
@@ -130,7 +133,7 @@ def unpack_spans(
 
 
 def sequence_spans(cu_seqlens: Tensor, tokens: int) -> AttentionSpans:
-    """Packed sequences that each see all of themselves: cu_seqlens [n + 1], as FlashAttention's, over one row."""
+    """Packed sequences that each see all of themselves: cu_seqlens [n + 1], as FlashAttention's; one row."""
     ends = cu_seqlens[1:].to(torch.int32).contiguous()
     position = torch.arange(tokens, dtype=torch.int32, device=ends.device)
     index = torch.searchsorted(ends, position, right=True)
@@ -140,7 +143,7 @@ def sequence_spans(cu_seqlens: Tensor, tokens: int) -> AttentionSpans:
 
 
 def plain_spans(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> AttentionSpans:
-    """No mask at all: everything, or with `causal` the keys up to the query's own place (as SDPA's is_causal)."""
+    """No mask at all: everything, or with `causal` the keys up to the query's place (SDPA's is_causal)."""
     end = (
         torch.arange(1, queries + 1, device=device).clamp(max=keys)
         if causal
@@ -164,10 +167,11 @@ def _real_keys(
 
 
 def _find_ranges(rows: Callable[[int, int], Tensor], queries: int, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds [B, Q, R, 2] and classes [B, K] of a mask that `rows(start, stop)` gives densely, bool [B, q, K].
+    """Bounds [B, Q, R, 2] and classes [B, K] of a mask that `rows(start, stop)` gives densely, [B, q, K].
 
-    The first range is a query's first run of visible keys. What it sees beyond is the second range over the class
-    of all keys that any query sees beyond its first run; that this says neither more nor less is checked.
+    The first range is a query's first run of visible keys. What it sees beyond is the second range over the
+    class of all keys that any query sees beyond its first run. That this says neither more nor less is
+    checked.
     """
     batch, keys = real.shape
     traced = torch.compiler.is_compiling()
@@ -192,8 +196,8 @@ def _find_ranges(rows: Callable[[int, int], Tensor], queries: int, real: Tensor)
         right = (inside == rest).all()
         if readable and not right:
             raise ValueError(
-                "the mask of this model is no two key ranges a query (the second over one class of keys), which is "
-                'all that pyvlm has kernels for: load the model with attn_implementation="sdpa"'
+                "the mask of this model is no two key ranges a query (the second over one class of keys), "
+                'which is all that pyvlm has kernels for: load the model with attn_implementation="sdpa"'
             )
         if not readable:
             torch._assert_async(right, "the mask is no two key ranges a query: pyvlm cannot compute it")

@@ -1,4 +1,4 @@
-"""Attention rules on models of transformers: multimodal causal attention and its like, on any LLaVA-like model.
+"""Attention rules on models of transformers: multimodal causal attention and its like, on LLaVA-like models.
 
 A rule needs to know which token is an image's. Only the model that takes `input_ids` knows that, and only the
 language model takes the mask: a hook on the first notes the kind of each new token, a hook on the second
@@ -135,8 +135,8 @@ class _RuleMask:
         kinds = self.cached.get(cache)
         if kinds is None or kinds.shape[1] < seen:
             raise ValueError(
-                f"the cache holds {seen} tokens that attention_rule={self.rule!r} never saw: start with an empty "
-                "cache after pyvlm.accelerate"
+                f"the cache holds {seen} tokens that attention_rule={self.rule!r} never saw: start with an "
+                "empty cache after pyvlm.accelerate"
             )
         return kinds[:, :seen]
 
@@ -146,8 +146,8 @@ class _RuleMask:
         keys, offset = cache.get_mask_sizes(queries, 0)
         if offset or keys < seen + queries:
             raise ValueError(
-                f"attention_rule={self.rule!r} needs a cache that keeps all tokens; this one keeps a window of them: "
-                'generate with cache_implementation="static" or a DynamicCache() made without the config'
+                f"attention_rule={self.rule!r} needs a cache that keeps all tokens; this one keeps a window "
+                'of them: generate with cache_implementation="static" or a DynamicCache() without the config'
             )
         return int(keys)
 
@@ -188,8 +188,8 @@ def _real_keys(mask: Any, queries: int, keys: int) -> Tensor | None:
     if mask.dtype == torch.int32:
         return unpack_spans(mask, queries, keys).key_class != PADDING
     raise ValueError(
-        f"the attention mask is {list(mask.shape)} of {mask.dtype}; an attention rule makes the mask itself: give the "
-        "2-D attention_mask, 1 for a token and 0 for padding"
+        f"the attention mask is {list(mask.shape)} of {mask.dtype}; an attention rule makes the mask "
+        "itself: give the 2-D attention_mask, 1 for a token and 0 for padding"
     )
 
 

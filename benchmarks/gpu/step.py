@@ -1,0 +1,205 @@
+"""A training step of a whole language model over image and text tokens: pyvlm's kernels beside transformers'.
+
+The model is transformers' own, random, and everything enters it by its official extension points; a step is
+forward, backward and AdamW. Shapes: B batch, L tokens, T = B·L, H heads, D head dimension, K experts a token.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from attention.cases import DIALOGUE, AttentionCase
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.harness.limits import COPY, GEMM, limits
+from benchmarks.harness.measure import interleave, peak_memory, summary
+from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record
+from benchmarks.harness.workload import TRAINING
+from pyvlm.ops import linear_cross_entropy, span_attention
+from pyvlm.spans import AttentionSpans
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.parts import Context
+
+LOSSES_MAY_DIFFER = 0.02  # of a bfloat16 model's, whose attention and experts round apart
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def by_spans(spans: AttentionSpans) -> Attend:
+    return lambda q, k, v, scale: span_attention(q, k, v, spans, scale=scale)
+
+
+def by_dense_masks(spans: AttentionSpans) -> Attend:
+    """SDPA, one call a softmax: what there is for such a mask without a kernel of its own."""
+    dense_BRQK = spans.dense() if spans.separate else spans.dense().any(1, keepdim=True)
+    masks = [mask.unsqueeze(1).contiguous() for mask in dense_BRQK.unbind(1)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        calls = (
+            F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            for mask in masks
+        )
+        return reduce(torch.add, calls)
+
+    return attend
+
+
+def by_flex(spans: AttentionSpans) -> Attend:
+    dense_BRQK = spans.dense() if spans.separate else spans.dense().any(1, keepdim=True)
+    batch, _, queries, keys = dense_BRQK.shape
+
+    def block_mask(seen_BQK: Tensor) -> Any:
+        return create_block_mask(
+            lambda b, h, i, j: seen_BQK[b, i, j], batch, None, queries, keys, seen_BQK.device
+        )
+
+    masks = [block_mask(seen) for seen in dense_BRQK.unbind(1)]
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        calls = (compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped) for mask in masks)
+        return reduce(torch.add, calls)
+
+    return attend
+
+
+class Step:
+    """A model, its batch, and steps of it with some attention, experts and loss."""
+
+    def __init__(self, kind: str, context: "Context") -> None:
+        import transformers
+
+        import pyvlm.integrations.transformers  # noqa: F401  makes experts_implementation="pyvlm" known
+
+        tiny, device = context.dry_run, context.device
+        sizes = (64, 128, 2, 2) if tiny else (2048, 5504, 12 if kind == "moe-llava" else 24, 16)
+        hidden, intermediate, layers, heads = sizes
+        options = {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "vocab_size": 320 if tiny else 32_000,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        }
+        transformers.AttentionInterface.register("measured", self._attention)
+        transformers.AttentionMaskInterface.register("measured", lambda *args, **kwargs: None)
+        torch.manual_seed(0)
+        with torch.device(device):
+            if kind == "moe-llava":
+                config = transformers.MixtralConfig(
+                    **options, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+                )
+                self.model: Any = transformers.MixtralForCausalLM(config)
+            else:
+                self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+        self.model.to(torch.bfloat16).set_attn_implementation("measured")
+        self.attend: Attend | None = None
+        row = DIALOGUE[0] if not tiny else "t8 i16 t9 i16 t15"
+        rule = "mmca" if kind == "llava-mmca" else "causal"
+        case = AttentionCase(kind, "", rule, (row,) * 2)
+        self.spans, self.kind_BL = case.spans(device), case.layout(device).kind
+        generator = torch.Generator().manual_seed(1)
+        shape = (2, case.length)
+        self.embeddings = torch.randn(*shape, hidden, generator=generator).to(device, torch.bfloat16)
+        labels = torch.randint(0, options["vocab_size"], shape, generator=generator).to(device)
+        # Answers carry the loss: the last eighth of each row, text alone.
+        answers = torch.arange(case.length, device=device) >= case.length * 7 // 8
+        self.labels = torch.where(answers & (self.kind_BL == 1), labels, -100)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=device.type == "cuda")
+        self.shape = (
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e9:.2f} G parameters, B2 L{case.length}"
+        )
+
+    def _attention(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        return self.attend(q, k, v, scaling).transpose(1, 2).contiguous(), None
+
+    def loss(self, attend: Attend, experts: str | None, fused_loss: bool) -> Tensor:
+        self.attend = attend
+        if experts is not None:
+            self.model.set_experts_implementation(experts)
+        if not fused_loss:
+            return self.model(inputs_embeds=self.embeddings, labels=self.labels, use_cache=False).loss
+        hidden = self.model.model(inputs_embeds=self.embeddings, use_cache=False).last_hidden_state
+        labels = F.pad(self.labels, (0, 1), value=-100)[:, 1:]  # shifted, as the model does
+        return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, labels.flatten())
+
+    def run(self, loss: Callable[[], Tensor]) -> None:
+        loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def run(context: "Context") -> Iterator[Record]:
+    for kind in ("llava-mmca", "moe-llava"):
+        if context.in_time():
+            yield _measure(kind, context)
+
+
+def _measure(kind: str, context: "Context") -> Record:
+    step = Step(kind, context)
+    experts = {"pyvlm": "pyvlm", "others": "grouped_mm"} if kind == "moe-llava" else {}
+    builds: dict[str, Callable[[], Attend]] = {
+        "pyvlm": lambda: by_spans(step.spans),
+        "sdpa": lambda: by_dense_masks(step.spans),
+        "flex": lambda: by_flex(step.spans),
+    }
+    if kind == "moe-llava":  # no mask: the fastest that transformers has
+        builds["sdpa"] = lambda: (
+            lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        )
+        del builds["flex"]
+    outcomes: dict[str, Record] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    expected = None
+    for name, build in builds.items():
+        own = name == "pyvlm"
+        try:
+            attend = build()
+            how = (attend, experts.get("pyvlm" if own else "others"), own)
+            loss = step.loss(*how)
+            loss.backward()
+            step.optimizer.zero_grad(set_to_none=True)
+        except Exception as error:  # a peer may raise anything; it is told in its row
+            outcomes[name] = {"status": UNAVAILABLE, "detail": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        expected = loss.item() if expected is None else expected
+        if abs(loss.item() - expected) > LOSSES_MAY_DIFFER * abs(expected):
+            outcomes[name] = {"status": WRONG, "detail": f"its loss is {loss.item():.4f}, not {expected:.4f}"}
+            continue
+        calls[name] = lambda how=how: step.run(lambda: step.loss(*how))
+    product, copy = limits(context.device, torch.bfloat16, context.dry_run)
+    samples = interleave(
+        {**calls, GEMM: product.call, COPY: copy.call},
+        context.device,
+        context.settings.budget_s * 4,
+        min_rounds=3,
+        sweep=None if context.dry_run else copy.call,
+    )
+    for name, call in calls.items():
+        outcomes[name] = {
+            "status": TIMED,
+            **summary(samples[name]),
+            "peak_bytes": peak_memory(call, context.device),
+        }
+    return {
+        "op": "step",
+        "case": kind,
+        "reason": "forward, backward and AdamW",
+        "shape": step.shape,
+        "dtype": "bf16",
+        "pass": TRAINING,
+        "gemm_gflops": product.amount / summary(samples[GEMM])["median_s"] / 1e9,
+        "copy_gbytes_per_s": copy.amount / summary(samples[COPY])["median_s"] / 1e9,
+        "providers": {name: outcomes[name] for name in builds},
+    }

@@ -1,0 +1,263 @@
+"""The runner of a GPU's measurements, its aims, its summary and its charts, without a GPU."""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu import cases, worker
+from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
+from benchmarks.gpu.parts import PARTS, Context
+from benchmarks.gpu.summary import summary
+from benchmarks.harness.measure import interleave
+from benchmarks.harness.workload import FORWARD, TRAINING
+
+MACHINE = {
+    "device": "A GPU",
+    "pyvlm": "0",
+    "git_sha": "0123456789abcdef",
+    "git_changes": True,
+    "date": "2001-02-03T04:05:06+00:00",
+    "versions": {"torch": "2", "triton": "3", "cuda": "13", "driver": None},
+}
+
+
+def record(
+    op: str, case: str, of_pass: str, times: dict[str, float], flops: float = 1e12, **more: Any
+) -> dict[str, Any]:
+    """As the harness makes them; the machine does 1,000 TFLOP/s and copies 1,000 GB/s."""
+    return {
+        "op": op,
+        "case": case,
+        "pass": of_pass,
+        "useful_flops": flops,
+        "least_bytes": 8e8,
+        "limits": {"gemm": {"gflops": 1e6}, "copy": {"gbytes_per_s": 1e3}},
+        "providers": {
+            name: {"status": "timed", "median_s": t, "useful_gflops": flops / t / 1e9, "of_limit": 0.5}
+            | {"peak_bytes": 10**6}
+            for name, t in times.items()
+        },
+        **more,
+    }
+
+
+def document(*records: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
+    parts = {"attention": {"status": "done", "seconds": 1.0, "records": list(records)}}
+    made = {"schema": 1, "dry_run": dry_run, "machine": MACHINE, "missing": {"x": "y"}, "parts": parts}
+    return made | {"aims": judge(made)}
+
+
+def verdict(made: dict[str, Any], beginning: str) -> tuple[str, float | None]:
+    (found,) = [aim for aim in made["aims"] if aim["aim"].startswith(beginning)]
+    return found["verdict"], found["value"]
+
+
+class TestAims:
+    def test_rates_of_forward_and_of_the_backward_alone(self):
+        case = "bidirectional-image-8k"
+        made = document(
+            record("attention", case, FORWARD, {"pyvlm": 2e-3, "flex": 3e-3}),
+            record("attention", case, TRAINING, {"pyvlm": 12e-3, "flex": 30e-3}, flops=3.5e12),
+            record("attention", "causal-8k", FORWARD, {"pyvlm": 2e-3, "cudnn": 1e-3}),
+        )
+        assert verdict(made, f"{case} D128 forward") == (MET, pytest.approx(500))
+        assert verdict(made, f"{case} D128 backward") == (MISSED, pytest.approx(250))
+        assert verdict(made, f"{case} forward, times as fast as Flex") == (MISSED, pytest.approx(1.5))
+        assert verdict(made, f"{case} forward+backward, times as fast") == (MET, pytest.approx(2.5))
+        assert verdict(made, f"{case} forward, of cuDNN") == (MISSED, pytest.approx(0.5))
+        assert verdict(made, f"{case} forward+backward, of cuDNN") == (NOT_MEASURED, None)
+
+    def test_bounds_from_above(self):
+        for twin, expected in ((1.0, MET), (0.8, MISSED)):
+            made = document(
+                record("attention", "mmca-8k", FORWARD, {"pyvlm": 1.1}),
+                record("attention", "mmca-joint-8k", FORWARD, {"pyvlm": twin}),
+            )
+            assert verdict(made, "mmca-8k forward, times as long")[0] == expected
+
+    def test_experts_copies_and_memory(self):
+        made = document(
+            record("moe", "moe-llava", FORWARD, {"pyvlm": 1.0, "glue": 1.5, "compile": 0.9}, cublas_s=0.9),
+            record("placement", "place", FORWARD, {"pyvlm": 1e-3}),
+            record("routing", "expert-choice", FORWARD, {"pyvlm": 1e-3}),
+            record("moe", "expert-choice", FORWARD, {"pyvlm": 0.05}),
+        )
+        assert verdict(made, "experts moe-llava forward, of cuBLAS") == (MET, pytest.approx(0.9))
+        assert verdict(made, "experts moe-llava forward, times") == (MISSED, pytest.approx(0.9))
+        assert verdict(made, "place_image_tokens forward, of copy") == (MET, pytest.approx(0.8))
+        assert verdict(made, "expert choice, of the time") == (MISSED, pytest.approx(0.02))
+
+    def test_nothing_is_met_by_a_dry_run_or_by_nothing(self):
+        own = record("placement", "place", FORWARD, {"pyvlm": 1e-9})
+        for made in (document(own, dry_run=True), document()):
+            assert {aim["verdict"] for aim in made["aims"]} == {NOT_MEASURED}
+        names = [aim.name for aim in AIMS]
+        assert len(set(names)) == len(names)
+
+    def test_every_case_of_an_aim_is_measured(self):
+        """Else an aim would stay "not measured" for ever by a wrong name."""
+
+        class Asked(dict):
+            def get(self, key: Any, default: Any = None) -> Any:
+                asked.add(key[:2])
+                return default
+
+        asked: set[tuple[str, str]] = set()
+        for aim in AIMS:
+            results = Results({"parts": {}})
+            results.records = Asked()
+            aim.value(results)
+        sizes = {
+            "attention": cases.ATTENTION,
+            "moe": cases.EXPERTS,
+            "routing": cases.ROUTING,
+            "fusion": cases.FUSION,
+            "loss": cases.LOSS,
+            "placement": cases.PLACEMENT,
+        }
+        measured = {(op, case.name) for op, of_op in sizes.items() for case in of_op}
+        measured |= {("step", "llava-mmca"), ("step", "moe-llava")}
+        assert asked <= measured
+        assert len(asked) > 15
+
+
+class TestSummaryAndReport:
+    made = document(
+        record("attention", "mmca-8k", FORWARD, {"pyvlm": 2e-3, "flex": 9e-3}),
+        record("moe", "moe-llava", TRAINING, {"pyvlm": 5e-3}) | {"useful_flops": 2e12},
+    )
+
+    def test_the_summary_tells_aims_rows_and_what_is_missing(self):
+        text = summary(self.made)
+        assert "0123456789+changes" in text
+        assert "- not here: x (y)" in text
+        assert (
+            "| mmca-8k forward, times as fast as two FlexAttention calls summed | at least 3 | 4.5 | met |"
+            in text
+        )
+        assert "| attention mmca-8k forward | flex | 9 | 111 | 50 % | 1.0 |" in text
+        assert "**missed**" not in text
+        assert f"| {NOT_MEASURED} |" in text
+
+    def test_charts_are_drawn_from_results(self, tmp_path):
+        path = tmp_path / "a-gpu" / "result.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(self.made))
+        assert report.newest(tmp_path) == [path]
+        assert report.main([str(path)]) == 0
+        for name in ("roofline.png", "bars.png"):
+            assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("made", "reason"), [(document(dry_run=True), "dry run"), (document(), "no timed record")]
+    )
+    def test_what_says_nothing_is_not_drawn(self, made, reason, tmp_path, capsys):
+        path = tmp_path / "result.json"
+        path.write_text(json.dumps(made))
+        with pytest.raises(SystemExit):
+            report.main([str(path)])
+        assert reason in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestRunner:
+    def test_a_dry_run_of_a_part_writes_one_json_and_a_table(self, tmp_path):
+        assert runner.main(["--dry-run", "--parts", "build,limits", "--out", str(tmp_path)]) == 0
+        (path,) = tmp_path.glob("*.json")
+        made = json.loads(path.read_text())
+        assert made["dry_run"]
+        assert list(made["parts"]) == ["build", "limits"]
+        assert [part["status"] for part in made["parts"].values()] == ["done", "done"]
+        assert len(made["parts"]["limits"]["records"]) == 3
+        assert {"torch", "triton", "nvcc", "driver", "cuda"} <= made["machine"]["versions"].keys()
+        assert path.with_suffix(".md").read_text().startswith("# ")
+
+    def test_a_part_that_crashes_or_hangs_keeps_what_it_had_and_spares_the_others(
+        self, monkeypatch, tmp_path
+    ):
+        """The worker is replaced by programs that write one record and then die, or sleep."""
+        written = '{"status": "out of time", "records": [{"case": "one"}]}'
+        ends = {"moe": "os.abort()", "loss": "time.sleep(60)", "fusion": "sys.exit(0)"}
+        popen = subprocess.Popen
+
+        def start(command: list[str], **options: Any) -> Any:
+            code = f"import os, sys, time; open({command[4]!r}, 'w').write({written!r}); {ends[command[3]]}"
+            return popen([sys.executable, "-c", code], **options)
+
+        monkeypatch.setattr(runner.subprocess, "Popen", start)
+        begin = time.monotonic()
+        parts = {name: runner.run_part(name, 3, dry_run=True) for name in ends}
+        assert time.monotonic() - begin < 30
+        assert all(part["records"] == [{"case": "one"}] for part in parts.values())
+        assert parts["moe"]["status"] == "failed"
+        assert "ended with -6" in parts["moe"]["detail"]
+        assert parts["loss"]["status"] == "out of time"
+        assert "its share of the time" in parts["loss"]["detail"]
+
+    def test_results_are_committed_and_dry_runs_are_not(self):
+        assert runner.result_path(None, MACHINE, dry_run=False) == (
+            runner.RESULTS / "a-gpu" / "2001-02-03T040506-0123456789-dirty.json"
+        )
+        assert runner.result_path(None, MACHINE, dry_run=True).parent == runner.ROOT / "runs" / "gpu-dry-run"
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_without_a_gpu_it_says_so(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            runner.main([])
+        assert stop.value.code == 2
+        assert "finds no GPU here" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [(["--parts", "build,bild"], "there are build,limits"), (["--minutes", "0"], "a positive number")],
+    )
+    def test_wrong_options(self, arguments, reason, capsys):
+        with pytest.raises(SystemExit):
+            runner.main(["--dry-run", *arguments])
+        assert reason in capsys.readouterr().err
+
+    @pytest.mark.parametrize("part", ["limits", "fusion"])
+    def test_records_are_written_as_they_are_made(self, part, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch, "compile", torch.compile)  # put back what the worker replaces
+        written: list[int] = []
+        worker.run_part(part, True, 60.0, lambda content: written.append(len(content["records"])))
+        assert written[0] == 0
+        assert sorted(written) == written
+        assert written[-1] >= 3
+
+    def test_no_time_is_no_record(self):
+        context = Context(torch.device("cpu"), True, time.monotonic() - 1)
+        for part in ("attention", "fusion", "step"):
+            assert list(PARTS[part](context)) == []
+
+
+def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("synchronize")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 7.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    calls = {"a": lambda: order.append("a")}
+    samples = interleave(
+        calls, torch.device("cuda"), 0.0, min_rounds=1, max_rounds=1, sweep=lambda: order.append("sweep")
+    )
+    assert samples == {"a": [7e-3]}
+    assert order[-5:] == ["sweep", "record", "a", "record", "synchronize"]

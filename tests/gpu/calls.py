@@ -1,0 +1,152 @@
+"""One small call of every op that has kernels of its own on a GPU, with gradients, on any device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from attention.cases import PADDED, AttentionCase
+from fusion.cross_attention_cases import LocalCase
+from fusion.fusion_cases import MergeCase
+from fusion.loss_cases import LossCase
+from fusion.placement_cases import PlacementCase
+from torch import Tensor
+
+from pyvlm.ops import (
+    expert_choice,
+    expert_mlp,
+    linear_cross_entropy,
+    local_cross_attention,
+    merge_levels,
+    span_attention,
+    token_choice,
+)
+from pyvlm.ops._backends import resolve
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A function of the leaves, which are the differentiable arguments of the op."""
+
+    op: str
+    run: Callable[..., Tensor]
+    leaves: tuple[Tensor, ...]
+    name: str = ""
+    static: dict[str, Tensor] = field(default_factory=dict)  # its other tensors, by what they are
+
+    def results(self, leaves: tuple[Tensor, ...] | None = None) -> list[Tensor]:
+        """The output, and the gradients of all leaves."""
+        given = [x.detach().requires_grad_() for x in (self.leaves if leaves is None else leaves)]
+        out = self.run(*given)
+        grads = torch.autograd.grad(out.float().square().sum(), given)
+        return [out.detach(), *grads]
+
+
+def runs_on_kernels(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the default implementation is a kernel of pyvlm's: what is to be tested."""
+    return resolve(op, "auto", device, dtype) != "reference"
+
+
+def attention_call(
+    device: torch.device, dtype: torch.dtype, rule: str = "mmca", rows: tuple[str, ...] = PADDED
+) -> OpCall:
+    case = AttentionCase("call", "", rule, rows, heads=4, kv_heads=2, head_dim=32)
+    spans = case.spans(device)
+    q, k, v, _ = case.inputs(dtype, device)
+    return OpCall(
+        "span_attention",
+        lambda q, k, v: span_attention(q, k, v, spans),
+        (q, k, v),
+        f"span_attention {rule}",
+        {"bounds": spans.bounds, "key_class": spans.key_class},
+    )
+
+
+def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: int = 70) -> OpCall:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    experts, hidden, intermediate = 4, 64, 48
+
+    def run(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        routing = token_choice(logits, 2) if router == "token_choice" else expert_choice(logits, tokens // 3)
+        return expert_mlp(x, routing, gate_up, down)
+
+    leaves = (
+        normal(tokens, hidden),
+        normal(tokens, experts).float(),
+        normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+    )
+    return OpCall("expert_mlp", run, leaves, f"{router} and expert_mlp")
+
+
+def loss_call(device: torch.device, dtype: torch.dtype) -> OpCall:
+    case = LossCase("call", "", 70, 45, 64, 330)
+    labels = case.labels().to(device)
+    leaves = tuple(x.to(device) for x in case.inputs(dtype))
+    return OpCall(
+        "linear_cross_entropy",
+        lambda hidden, weight, bias: linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=5.0),
+        leaves,
+        "linear_cross_entropy",
+        {"labels": labels},
+    )
+
+
+def merge_call(device: torch.device, dtype: torch.dtype, per_level: str = "") -> OpCall:
+    case = MergeCase("call", "", 3, 2, 37, 64, 40, per_level, views=True)
+    levels, parameters = case.inputs(dtype)
+    names, count = tuple(parameters), len(levels)
+
+    def run(*leaves: Tensor) -> Tensor:
+        return merge_levels(leaves[:count], **dict(zip(names, leaves[count:], strict=True)))
+
+    leaves = tuple(x.to(device) for x in (*levels, *parameters.values()))
+    return OpCall("merge_levels", run, leaves, f"merge_levels {per_level}".strip())
+
+
+def placement_call(device: torch.device, dtype: torch.dtype, op: str) -> OpCall:
+    size = None if op == "add" else (500, 700)
+    case = PlacementCase("call", "", op, 2, 0 if op == "pack" else 5, 40, 6, size)
+    mask = case.image_mask().to(device)
+    index = case.index()
+    index = None if index is None else index.to(device)
+    name = {"place": "place_image_tokens", "pack": "pack_image_tokens", "add": "add_at_image_tokens"}[op]
+    leaves = tuple(x.to(device) for x in case.inputs(dtype))
+    return OpCall(
+        name,
+        lambda *leaves: case.run(leaves, mask, index, "auto"),
+        leaves,
+        name,
+        {"image_mask": mask},
+    )
+
+
+def local_call(device: torch.device, dtype: torch.dtype) -> OpCall:
+    case = LocalCase("call", "", 2, 3, 32, (4, 3), (1, 3, 2), masked=True)
+    query, keys, values = case.inputs(dtype)
+    masks = [mask.to(device) for mask in case.masks()]
+    count = len(keys)
+
+    def run(query: Tensor, *maps: Tensor) -> Tensor:
+        return local_cross_attention(query, maps[:count], maps[count:], case.grid, masks)
+
+    leaves = tuple(x.to(device) for x in (query, *keys, *values))
+    return OpCall("local_cross_attention", run, leaves, "local_cross_attention")
+
+
+CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
+    "span_attention mmca": attention_call,
+    "span_attention joint": lambda device, dtype: attention_call(device, dtype, "bidirectional_image"),
+    "token_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "token_choice"),
+    "expert_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "expert_choice"),
+    "linear_cross_entropy": loss_call,
+    "merge_levels": merge_call,
+    "merge_levels of several projections": lambda device, dtype: merge_call(device, dtype, "wbgn"),
+    "place_image_tokens": lambda device, dtype: placement_call(device, dtype, "place"),
+    "pack_image_tokens": lambda device, dtype: placement_call(device, dtype, "pack"),
+    "add_at_image_tokens": lambda device, dtype: placement_call(device, dtype, "add"),
+    "local_cross_attention": local_call,
+}

@@ -1,0 +1,261 @@
+"""The ops as citizens of torch on a GPU: opcheck, compile, CUDA graphs, no wait, the same bits, no peeking.
+
+On the CPU the same bodies run on the native kernels, less what only a GPU has.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from attention.cases import PACKED, PADDED, AttentionCase
+from gpu.calls import CALLS, OpCall, attention_call, loss_call, routed_call
+from tolerance import assert_conforms
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyvlm.ops import expert_choice, expert_mlp, span_attention, token_choice
+
+each_call = pytest.mark.parametrize("name", CALLS)
+ON_A_CPU = ("merge_levels", "add_at_image_tokens")
+
+
+def slow_on(device: torch.device, name: str) -> None:
+    if device.type == "cpu" and name not in ON_A_CPU:
+        pytest.skip("on the CPU the family's own tests do this, and it takes seconds")
+
+
+class _Recorded(TorchDispatchMode):
+    """The calls of pyvlm's torch ops inside, those of backwards among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pyvlm":
+            assert not kwargs
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def leaf(value: Any, with_gradient: bool) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(leaf(item, with_gradient) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(with_gradient and value.is_floating_point())
+
+
+@each_call
+def test_opcheck(name: str, device: torch.device) -> None:
+    slow_on(device, name)
+    call = CALLS[name](device, torch.float32)
+    with _Recorded() as recorded:
+        call.results()
+    names = {func._opname for func, _ in recorded.calls}
+    assert {call.op, f"{call.op}_backward"} <= names
+    for func, args in recorded.calls:
+        with_gradient = not func._opname.endswith("_backward")
+        torch.library.opcheck(func, tuple(leaf(value, with_gradient) for value in args))
+
+
+@each_call
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_in_one_graph(name: str, device: torch.device) -> None:
+    slow_on(device, name)
+    call = CALLS[name](device, torch.float32)
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(call.run, fullgraph=True, backend=backend)
+    again = OpCall(call.op, compiled, call.leaves)
+    for actual, expected in zip(again.results(), call.results(), strict=True):
+        assert_conforms(actual, expected, gradient=True)
+
+
+def replayed(call: OpCall, static: tuple[Tensor, ...], change: Callable[[], None]) -> list[Tensor]:
+    """What a CUDA graph of forward and backward gives for inputs that changed after it was captured; on the
+    CPU, what a second run gives."""
+    if static[0].device.type == "cpu":
+        call.results(static)
+        change()
+        return call.results(static)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # kernels are compiled, and libraries take their workspaces
+            call.results(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.results(static)
+    change()
+    graph.replay()
+    return [x.clone() for x in captured]
+
+
+@each_call
+def test_a_captured_graph_replays_on_new_inputs(name: str, device: torch.device) -> None:
+    call = CALLS[name](device, torch.bfloat16)
+    static = tuple(x.detach().clone() for x in call.leaves)
+    torch.use_deterministic_algorithms(False)  # its filling of memory would be captured too
+
+    def change() -> None:
+        for x in static:
+            x.copy_(x.flip(0) * 0.5)
+
+    actual = replayed(call, static, change)
+    for a, b in zip(actual, call.results(static), strict=True):
+        assert a.equal(b)
+
+
+def test_a_captured_graph_sees_new_ranges(device: torch.device) -> None:
+    """Who sees whom is data: other documents and images, the same graph."""
+    call = attention_call(device, torch.bfloat16)
+    other = AttentionCase("other", "", "mmca", ("i3 t1 i20 t7", "t31", "t2 i1 t2 i1 t20 p5")).spans(device)
+    torch.use_deterministic_algorithms(False)
+
+    def change() -> None:
+        call.static["bounds"].copy_(other.bounds)
+        call.static["key_class"].copy_(other.key_class)
+
+    before = call.results()
+    actual = replayed(call, call.leaves, change)
+    assert not actual[0].equal(before[0])
+    for a, b in zip(actual, call.results(), strict=True):
+        assert a.equal(b)
+
+
+@contextmanager
+def triton_compilations() -> Iterator[list[str]]:
+    """The names of the kernels that Triton compiles inside."""
+    import triton
+
+    names: list[str] = []
+
+    def hook(*args: Any, **kwargs: Any) -> None:
+        names.append(str(kwargs.get("repr", "a kernel")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_post_compile_hook", hook)
+        yield names
+
+
+RANGES = (
+    ("mmca", PADDED, {}),
+    ("mmca", PACKED[:1] * 3, {"window": 3}),
+    ("mmca_released", ("t31", "i31", "p31"), {}),
+    ("mmca_image", ("i3 t1 | t20 i4 p3",) * 3, {}),
+)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_all_ranges_changed_compile_nothing_new(device: torch.device) -> None:
+    """Neither torch.compile nor Triton: rules, images, documents, padding and windows are run-time data."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: Any) -> Tensor:
+        return span_attention(q, k, v, spans)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+
+    def run(index: int) -> None:
+        rule, rows, options = RANGES[index]
+        case = AttentionCase("any", "", rule, rows, **options)
+        q, k, v, _ = case.inputs(torch.bfloat16, device)
+        spans = case.spans(device)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = span_attention(*leaves, spans)
+        torch.autograd.grad(out.float().sum(), leaves)
+        with torch.no_grad():
+            assert compiled(q, k, v, spans).equal(out)
+
+    run(0)
+    if device.type == "cpu":
+        for index in range(1, len(RANGES)):
+            run(index)
+    else:
+        with triton_compilations() as names:
+            for index in range(1, len(RANGES)):
+                run(index)
+        assert names == []
+        with triton_compilations() as names:  # that it would be seen: another dtype is another kernel
+            attention_call(device, torch.float16).results()
+        assert names
+    assert counter.frame_count == 1
+
+
+@each_call
+def test_nothing_waits_for_the_gpu(name: str, device: torch.device) -> None:
+    call = CALLS[name](device, torch.bfloat16)
+    call.results()
+    if device.type == "cpu":
+        return
+    torch.use_deterministic_algorithms(False)  # some of torch's ops wait in that mode
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.results()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_call
+def test_the_same_bits_twice(name: str, device: torch.device) -> None:
+    call = CALLS[name](device, torch.bfloat16)
+    torch.use_deterministic_algorithms(False)  # it would hide an op that is not
+    first = call.results()
+    for _ in range(2):
+        for a, b in zip(call.results(), first, strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.parametrize("rule", ["causal", "mmca", "mmca_image", "bidirectional_image", "all_images"])
+def test_a_row_of_attention_depends_on_nothing_that_it_does_not_see(rule: str, device: torch.device) -> None:
+    row = "t90 i110 t40 i60 t20 p10" if device.type == "cuda" else "t9 i11 t4 i6 t2 p1"
+    case = AttentionCase("long", "", rule, (row,), head_dim=64)
+    q, k, v, cotangent = case.inputs(torch.bfloat16, device)
+    spans = case.spans(device)
+    sees = spans.dense().any(1)
+
+    def out_and_grad(k: Tensor, v: Tensor) -> list[Tensor]:
+        leaf = q.detach().requires_grad_()
+        out = span_attention(leaf, k, v, spans)
+        return [out.detach(), *torch.autograd.grad(out, leaf, cotangent)]
+
+    before = out_and_grad(k, v)
+    for i in range(0, case.length, case.length // 7):
+        hidden = ~sees[:, i, None, :, None]
+        other = [torch.where(hidden, 30 * torch.randn_like(x), x) for x in (k, v)]
+        for a, b in zip(out_and_grad(*other), before, strict=True):
+            assert a[:, :, i].equal(b[:, :, i]), i
+
+
+def test_a_row_of_experts_depends_on_its_own_token_or_image(device: torch.device) -> None:
+    """Token choice: on the token. Expert choice in groups: on the tokens of the group."""
+    _, logits, gate_up, down = routed_call(device, torch.bfloat16, "token_choice").leaves
+    x, half = torch.randn(len(logits), down.shape[1], device=device).to(down.dtype), len(logits) // 2
+    groups = torch.tensor([0, half, len(logits)], device=device)
+    routers = {
+        "token choice": lambda logits: token_choice(logits, 2),
+        "expert choice": lambda logits: expert_choice(logits, 9, groups),
+    }
+    for name, router in routers.items():
+        first, second = torch.randn_like(logits), torch.randn_like(logits)
+        second[:half] = first[:half]
+        other_x = x.clone()
+        other_x[half:] = 30 * torch.randn_like(x[half:])
+        y = expert_mlp(x, router(first), gate_up, down)
+        other_y = expert_mlp(other_x, router(second), gate_up, down)
+        assert not other_y[half:].equal(y[half:]), name
+        assert other_y[:half].equal(y[:half]), name
+
+
+def test_rows_without_a_label_reach_neither_loss_nor_gradients(device: torch.device) -> None:
+    call = loss_call(device, torch.bfloat16)
+    hidden, *others = call.leaves
+    unlabeled = call.static["labels"] == -100
+    changed = hidden.masked_fill(unlabeled[:, None], torch.nan)
+    for a, b in zip(call.results((changed, *others)), call.results(), strict=True):
+        assert a.equal(b)

@@ -1,0 +1,234 @@
+"""What the ops take in memory on a GPU, and tensors of more than 2³¹ elements.
+
+On the CPU the bodies run at small sizes, where torch's allocator cannot be asked and nothing is that long.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness.measure import peak_memory
+from pyvlm.layout import TokenLayout
+from pyvlm.ops import (
+    Routing,
+    add_at_image_tokens,
+    expert_mlp,
+    linear_cross_entropy,
+    local_cross_attention,
+    merge_levels,
+    pack_image_tokens,
+    place_image_tokens,
+    span_attention,
+    token_choice,
+)
+
+pytestmark = pytest.mark.xdist_group("memory")  # gigabytes each: one after the other
+
+MEGABYTE = 2**20
+PAST_32_BITS = 2**31 + 2**20
+
+
+def random(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    """Made on the device, in bfloat16: gigabytes would take long elsewhere, and twice the memory in float."""
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=scale)
+
+
+def assert_peak(device: torch.device, call: Callable[[], object], most: float) -> None:
+    call()  # kernels are compiled, and libraries take their workspaces
+    peak = peak_memory(call, device)
+    if device.type == "cuda":  # on the CPU it is the process's, allocator and all
+        assert peak is not None
+        assert peak <= most, f"{peak / MEGABYTE:.1f} MiB at the peak, {most / MEGABYTE:.1f} are meant"
+
+
+def multimodal(device: torch.device, tokens: int) -> TokenLayout:
+    position = torch.arange(tokens, device=device)
+    kind = torch.where(position % 1024 < 576, 2, 1).to(torch.uint8)[None]
+    return TokenLayout(kind)
+
+
+@pytest.mark.parametrize("rule", ["mmca", "bidirectional_image"])
+def test_attention_keeps_neither_scores_nor_a_mask(rule: str, device: torch.device) -> None:
+    tokens = 16_384 if device.type == "cuda" else 512
+    spans = multimodal(device, tokens).spans(rule)
+    q, k, v = (random(device, 1, 4, tokens, 64).requires_grad_() for _ in range(3))
+    cotangent = torch.ones_like(q)
+    streams = 2 if spans.separate else 1
+    lse = 4 * 4 * tokens * streams
+    with torch.no_grad():
+        # Out, the share of the first of two softmaxes, and lse. The scores would be gigabytes.
+        assert_peak(device, lambda: span_attention(q, k, v, spans), streams * q.nbytes + lse + 2 * MEGABYTE)
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(span_attention(q, k, v, spans), (q, k, v), cotangent)
+
+    assert_peak(device, train, (streams + 3) * q.nbytes + 3 * lse + 4 * MEGABYTE)
+
+
+def test_the_loss_keeps_no_logits(device: torch.device) -> None:
+    tokens, features, words = (4096, 1024, 131_072) if device.type == "cuda" else (64, 32, 500)
+    hidden = random(device, tokens, features).requires_grad_()
+    weight = random(device, words, features, scale=features**-0.5).requires_grad_()
+    labels = torch.full((tokens,), -100, device=device)
+    labels[::7] = 3
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+
+    # Both gradients, float32 sums of one, and one block of logits. All logits in float32 would be 2 GiB.
+    assert_peak(device, train, weight.nbytes + 4 * hidden.nbytes + 256 * MEGABYTE)
+
+
+def test_merged_levels_are_never_normalised_in_memory(device: torch.device) -> None:
+    levels, images, tokens, channels = (24, 4, 576, 1024) if device.type == "cuda" else (4, 2, 20, 32)
+    maps = [random(device, images, tokens, channels) for _ in range(levels)]
+    alpha, weight = random(device, levels), random(device, channels, channels, scale=channels**-0.5)
+    with torch.no_grad():
+        # The sum and the output; normalised levels would be 24 of them.
+        assert_peak(device, lambda: merge_levels(maps, alpha, weight), 4 * maps[0].nbytes + 8 * MEGABYTE)
+
+
+def test_experts_keep_rows_of_what_their_backward_reads(device: torch.device) -> None:
+    tokens, hidden, intermediate = (8192, 1024, 1024) if device.type == "cuda" else (64, 32, 32)
+    experts = 8
+    x = random(device, tokens, hidden).requires_grad_()
+    gate_up = random(device, experts, 2 * intermediate, hidden, scale=hidden**-0.5)
+    down = random(device, experts, hidden, intermediate, scale=intermediate**-0.5)
+    routing = token_choice(torch.randn(tokens, experts, device=device), 2)
+    slot_row = 2 * tokens * x.element_size()  # bytes of one number a slot
+    with torch.no_grad():
+        # The activations and a row a slot, then y: no gathered copy of x.
+        most = slot_row * (intermediate + hidden) + x.nbytes + 8 * MEGABYTE
+        assert_peak(device, lambda: expert_mlp(x, routing, gate_up, down), most)
+
+
+@pytest.fixture
+def sizes(device: torch.device) -> Callable[..., int]:
+    """The number of rows of some width that is more than 2³¹ elements; on the CPU a few."""
+
+    def rows(width: int, few: int = 8) -> int:
+        return -(-PAST_32_BITS // width) if device.type == "cuda" else few
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < 40e9:
+            pytest.skip(f"{free / 1e9:.0f} GB of GPU memory are free; these tensors take up to 40")
+    return rows
+
+
+def test_queries_of_attention(device: torch.device, sizes: Callable[..., int]) -> None:
+    tokens, head_dim = (65_536, 128) if device.type == "cuda" else (64, 16)
+    heads = sizes(tokens * head_dim, 3)
+    spans = multimodal(device, tokens).spans("causal", window=100)
+    q = random(device, 1, heads, tokens, head_dim).requires_grad_()
+    k, v = (random(device, 1, 1, tokens, head_dim) for _ in range(2))
+    out = span_attention(q, k, v, spans)
+    last = q.detach()[:, -1:].clone().requires_grad_()
+    expected = span_attention(last, k, v, spans)
+    assert out[:, -1:].equal(expected)
+    cotangent = torch.ones_like(out)
+    (grad,) = torch.autograd.grad(out, q, cotangent)
+    (expected_grad,) = torch.autograd.grad(expected, last, cotangent[:, -1:])
+    assert grad[:, -1:].equal(expected_grad)
+
+
+def test_keys_of_attention(device: torch.device, sizes: Callable[..., int]) -> None:
+    tokens, head_dim = (65_536, 128) if device.type == "cuda" else (64, 16)
+    heads = sizes(tokens * head_dim, 3)
+    spans = multimodal(device, tokens).spans("causal", window=100, query_start=tokens - 5)
+    k = random(device, 1, heads, tokens, head_dim)
+    q = random(device, 1, heads, 5, head_dim)
+    out = span_attention(q, k, k, spans)
+    last = k[:, -1:].clone()
+    expected = span_attention(q[:, -1:], last, last, spans)
+    torch.testing.assert_close(out[:, -1:], expected)  # more or fewer parts of the keys are added up
+
+
+def test_text_and_image_rows(device: torch.device, sizes: Callable[..., int]) -> None:
+    width = 4096 if device.type == "cuda" else 32
+    length = sizes(width, 20)
+    text, features = random(device, 1, length, width), random(device, 5, width)
+    mask = torch.zeros(1, length, dtype=torch.bool, device=device)
+    mask[0, -6:-1] = True
+    placed = place_image_tokens(text, features, mask)
+    assert placed[0, -6:-1].equal(features)
+    assert placed[0, -1].equal(text[0, -1])
+    assert placed[0, length // 2].equal(text[0, length // 2])
+    del placed
+    added = add_at_image_tokens(text, features, mask)
+    assert added[0, -6:-1].equal(text[0, -6:-1] + features)
+    del added
+    index = torch.tensor([length - 1, 0, length - 3], device=device)
+    assert pack_image_tokens(text[0], index, None).equal(text[0][index])
+
+
+def test_levels(device: torch.device, sizes: Callable[..., int]) -> None:
+    tokens, channels = (576, 1024) if device.type == "cuda" else (6, 16)
+    images = sizes(tokens * channels, 3)
+    maps = [random(device, images, tokens, channels) for _ in range(2)]
+    alpha, weight = random(device, 2), random(device, 8, channels, scale=channels**-0.5)
+    with torch.no_grad():
+        out = merge_levels(maps, alpha, weight)
+        expected = merge_levels([level[-1:].clone() for level in maps], alpha, weight)
+    torch.testing.assert_close(out[-1:], expected)  # the product is of other shapes, cuBLAS's
+
+
+def test_words(device: torch.device, sizes: Callable[..., int]) -> None:
+    features = 4096 if device.type == "cuda" else 32
+    words = sizes(features, 50)
+    hidden = random(device, 64, features).requires_grad_()
+    weight = random(device, words, features, scale=features**-0.5).requires_grad_()
+    labels = torch.randint(words - 20, words, (64,), device=device)
+    labels[::3] = -100
+    loss = linear_cross_entropy(hidden, weight, labels)
+    with torch.no_grad():
+        expected = F.cross_entropy(F.linear(hidden, weight).float(), labels)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-2, atol=1e-2)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+    assert grad_hidden.isfinite().all()
+    word = int(labels[1])
+    rows = (labels == word).nonzero()[:, 0]
+    count = int((labels != -100).sum())
+    with torch.no_grad():  # p − 1 times the rows of its own tokens, p times those of others
+        probability = F.linear(hidden, weight).float().softmax(-1)[:, word]
+        share = torch.where(labels == word, probability - 1, probability) * (labels != -100) / count
+        expected_row = share @ hidden.float()
+    assert len(rows) > 0
+    torch.testing.assert_close(grad_weight[word].float(), expected_row, rtol=3e-2, atol=3e-3)
+
+
+def test_weights_of_experts(device: torch.device, sizes: Callable[..., int]) -> None:
+    hidden, intermediate = (2048, 2048) if device.type == "cuda" else (32, 24)
+    experts = sizes(2 * intermediate * hidden, 3)
+    gate_up = random(device, experts, 2 * intermediate, hidden, scale=hidden**-0.5)
+    down = random(device, experts, hidden, intermediate, scale=intermediate**-0.5)
+    x = random(device, 300, hidden).requires_grad_()
+    logits = torch.full((300, experts), -9.0, device=device)
+    logits[:, -1] = 9.0
+
+    def y_and_grad(gate_up: Tensor, down: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        routing: Routing = token_choice(logits, 1)
+        y = expert_mlp(x, routing, gate_up, down)
+        return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    everything = y_and_grad(gate_up, down, logits)
+    alone = y_and_grad(gate_up[-1:].clone(), down[-1:].clone(), logits[:, -1:].clone())
+    for actual, expected in zip(everything, alone, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_maps_of_windows(device: torch.device, sizes: Callable[..., int]) -> None:
+    grid, side, heads, dim = ((24, 24), 4, 16, 64) if device.type == "cuda" else ((2, 3), 2, 2, 16)
+    queries = grid[0] * grid[1]
+    images = sizes(queries * side**2 * heads * dim, 3)
+
+    def tokens(count: int) -> Tensor:
+        return random(device, images, count, heads, dim).transpose(1, 2)
+
+    query, key = tokens(queries), tokens(queries * side**2)
+    out = local_cross_attention(query, [key], [key], grid)
+    last = key[-1:].clone()
+    assert out[-1:].equal(local_cross_attention(query[-1:].clone(), [last], [last], grid))

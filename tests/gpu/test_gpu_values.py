@@ -1,0 +1,209 @@
+"""Values and gradients of every op on a GPU: the shared cases, dtypes, options, and authors' stored outputs.
+
+On the CPU a few cases of each family are enough to show that the bodies run: other tests go through them all.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import attention.test_layout_conformance
+import fusion.test_fusion_conformance
+import moe.test_moe_conformance
+import pytest
+import torch
+from attention.cases import SMALL_CASES, AttentionCase
+from attention.checks import assert_results_close
+from conformance import Case
+from gpu.calls import CALLS, runs_on_kernels
+from moe.moe_helpers import check_lists
+from tolerance import assert_close
+from torch import Tensor
+
+from benchmarks.__main__ import OPERATIONS, load
+from benchmarks.harness.run import DTYPES, run_pass
+from benchmarks.harness.verify import Expected, verify
+from pyvlm.ops import Routing, expert_choice, expert_mlp, linear_cross_entropy, token_choice
+from pyvlm.reference.moe import ACTIVATIONS
+
+HALVES_AND_FLOAT = ("fp32", "bf16", "fp16")
+# Of one channel the norm is 0 and so are gradients, but for rounding; of no label plain PyTorch makes NaN.
+NOT_BY_THE_POLICY = {"fusion": ("one-number", "one-channel"), "loss": ("no-label", "no-token")}
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("family", OPERATIONS)
+def test_every_case(family: str, dtype: str, device: torch.device) -> None:
+    """Forward, and forward and backward, within the policy of tolerances; all that is wrong at once."""
+    operation = load(family)
+    names = [name for name in operation.case_names if name not in NOT_BY_THE_POLICY.get(family, ())]
+    if device.type == "cpu":
+        names = [names[0], names[-1]]
+    problems, passes = [], 0
+    for work in operation.workloads(device, [DTYPES[dtype]], names, quick=True):
+        expected = Expected.of(operation, work)
+        function = operation.providers[0].build(work)
+        for name in work.costs:
+            passes += 1
+            problem = verify(run_pass(function, work, name)(), expected)
+            if problem is not None:
+                problems.append(f"{work.case}, {name}: {problem}")
+    assert passes >= len(set(names))
+    assert not problems, "\n".join(problems)
+
+
+def few(items: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    return items if device.type == "cuda" else items[:: max(1, len(items) // 3)]
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_attention_with_lse_and_sinks(dtype: str, device: torch.device) -> None:
+    for case in few(SMALL_CASES, device):
+        q, k, v, _ = case.inputs(DTYPES[dtype], device)
+        sinks = case.sink_scores(DTYPES[dtype], device)
+        assert_results_close("auto", q, k, v, case.spans(device), case.scale, case.softcap, sinks)
+
+
+# Tiles are chosen by the head dimension, up to 64, 128 and 256; 72 and 96 are padded.
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 96, 128, 160, 256])
+@pytest.mark.parametrize("rule", ["causal", "mmca", "all_images"])  # one range, two softmaxes, one of two
+def test_every_table_of_attentions_tiles(rule: str, head_dim: int, device: torch.device) -> None:
+    """Rows of several tiles, whole images in one of them, at the tiles that run."""
+    rows = ("t70 i300 t90 i130 t45",) if device.type == "cuda" else ("t7 i30 t9 i13 t4",)
+    case = AttentionCase("tiles", "", rule, rows, heads=2, kv_heads=1, head_dim=head_dim)
+    q, k, v, _ = case.inputs(torch.bfloat16, device)
+    assert_results_close("auto", q, k, v, case.spans(device))
+
+
+@pytest.mark.parametrize("keys", [40, 1000])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("rule", ["causal", "mmca"])
+def test_decoding(rule: str, head_dim: int, keys: int, device: torch.device) -> None:
+    rows = (f"t9 i{keys // 2} t{keys - 9 - keys // 2}", f"p{keys // 2} t{keys - keys // 2}")
+    case = AttentionCase("decode", "", rule, rows, heads=8, kv_heads=2, head_dim=head_dim, query_start=-1)
+    q, k, v, _ = case.inputs(torch.bfloat16, device)
+    assert_results_close("auto", q, k, v, case.spans(device))
+
+
+def of_experts(
+    leaves: dict[str, Tensor], routing: Routing, activation: str, gated: bool, backend: str, like: Tensor
+) -> dict[str, Tensor]:
+    """y and all gradients, those of the routing's weights among them."""
+    given = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    weight = routing.weight.detach().to(torch.promote_types(like.dtype, torch.float32)).requires_grad_()
+    routing = Routing(
+        routing.token, weight, routing.expert_offsets, routing.token_offsets, routing.slot, routing.num_tokens
+    )
+    x, *layer = given.values()
+    names = dict(zip(list(given)[1:], layer, strict=True))
+    y = expert_mlp(x, routing, **names, activation=activation, gated=gated, backend=backend)
+    grads = torch.autograd.grad(y, [*given.values(), weight], like.to(y.dtype))
+    return {"y": y.detach()} | dict(zip([*given, "weight"], grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_kind_of_expert(activation: str, gated: bool, dtype: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(4)
+    tokens, experts, hidden, intermediate = (300, 4, 96, 136) if device.type == "cuda" else (33, 3, 24, 20)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, DTYPES[dtype])
+
+    rows = 2 * intermediate if gated else intermediate
+    leaves = {
+        "x": normal(tokens, hidden),
+        "gate_up": normal(experts, rows, hidden, scale=hidden**-0.5),
+        "down": normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+        "gate_up_bias": normal(experts, rows),
+        "down_bias": normal(experts, hidden),
+    }
+    routing = token_choice(torch.randn(tokens, experts, generator=generator), 2, tokens // 2).to(device)
+    cotangent = normal(tokens, hidden)
+    actual = of_experts(leaves, routing, activation, gated, "auto", cotangent)
+    plain = of_experts(leaves, routing, activation, gated, "reference", cotangent)
+    wide = {name: x.double() for name, x in leaves.items()}
+    expected = of_experts(wide, routing, activation, gated, "reference", cotangent.double())
+    for name, value in actual.items():
+        assert_close(value, expected[name], plain[name], name)
+
+
+LOSS_OPTIONS = ({}, {"reduction": "sum"}, {"softcap": 1.5}, {"label_smoothing": 0.2}, {"z_loss": 0.3})
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+def test_every_option_of_the_loss(options: dict[str, Any], dtype: str, device: torch.device) -> None:
+    call = CALLS["linear_cross_entropy"](device, DTYPES[dtype])
+    labels = call.static["labels"]
+
+    def results(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in call.leaves]
+        hidden, weight, bias = leaves
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, **options, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    plain, expected = results(DTYPES[dtype], "reference"), results(torch.float64, "reference")
+    for i, value in enumerate(results(DTYPES[dtype], "auto")):
+        assert_close(value, expected[i], plain[i].to(value.dtype), f"result {i}")
+
+
+def test_where_no_row_has_a_label_the_loss_and_its_gradients_are_zero(device: torch.device) -> None:
+    for tokens in (0, 6):
+        hidden, weight = (torch.randn(n, 16).to(device).requires_grad_() for n in (tokens, 20))
+        labels = torch.full((tokens,), -100, device=device)
+        loss = linear_cross_entropy(hidden, weight, labels)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.item() == 0
+        assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", *HALVES_AND_FLOAT])
+def test_routers(dtype: str, device: torch.device) -> None:
+    """The lists are whole in every dtype; in float64, where no rounding decides, they are the reference's."""
+    logits = torch.randn(777, 8, generator=torch.Generator().manual_seed(5)).to(device, DTYPES[dtype])
+    groups = torch.tensor([0, 300, 301, 777], device=device)
+    routers = {
+        "expert choice": lambda backend: expert_choice(logits, 40, groups, backend=backend),
+        "expert choice of one group": lambda backend: expert_choice(logits, 101, backend=backend),
+        "token choice": lambda backend: token_choice(logits, 3, backend=backend),
+        "token choice as it is": lambda backend: token_choice(logits, 3, normalize=False, backend=backend),
+    }
+    for name, router in routers.items():
+        routing, expected = router("auto").to("cpu"), router("reference").to("cpu")
+        check_lists(routing)
+        assert routing.expert_offsets.equal(expected.expert_offsets), name
+        if dtype == "fp64":
+            assert routing.token.equal(expected.token), name
+            assert routing.slot.equal(expected.slot), name
+            torch.testing.assert_close(routing.weight, expected.weight)
+
+
+def test_the_kernels_are_what_runs(gpu: torch.device) -> None:
+    """Else all of this would compare the reference with itself."""
+    for make in CALLS.values():
+        call = make(gpu, torch.bfloat16)
+        assert runs_on_kernels(call.op, gpu, torch.bfloat16), call.op
+    for op in ("expert_choice", "token_choice"):
+        assert runs_on_kernels(op, gpu, torch.float32), f"{op}: _C_cuda is not there"
+
+
+def conformance_tests() -> Iterator[Any]:
+    """Every test of stored outputs with each of its cases, to be called with the case on another device."""
+    for module in (
+        attention.test_layout_conformance,
+        moe.test_moe_conformance,
+        fusion.test_fusion_conformance,
+    ):
+        for name, test in vars(module).items():
+            for mark in getattr(test, "pytestmark", ()) if name.startswith("test_") else ():
+                for case in mark.args[1]:
+                    yield pytest.param(test, *case.values, id=f"{name}-{case.id}", marks=case.marks)
+
+
+@pytest.mark.parametrize(("test", "case"), list(conformance_tests()))
+def test_authors_outputs(test: Any, case: Case, device: torch.device) -> None:
+    arguments = {"backend": "auto"} if "backend" in inspect.signature(test).parameters else {}
+    with device:  # what the test makes of its own lies there too
+        test(case=case.to(device), **arguments)

@@ -1,0 +1,81 @@
+"""Every Triton kernel is compiled ahead of time for every generation of GPUs, with every table of tiles."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import ahead_of_time
+from ahead_of_time import ARCHITECTURES
+from attention.triton_aot import CALLS as ATTENTION_CALLS
+from moe.moe_triton_aot import CALLS as MOE_CALLS
+from pyvlm.triton_kernels import attention, moe
+from triton.runtime.jit import JITFunction
+
+pytestmark = ahead_of_time.compiles_ahead_of_time
+
+TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "triton_kernels"
+TABLES = {  # by the beginning of the modules' names
+    "attention": "attention/triton_aot.json",
+    "cross_attention": "fusion/cross_attention_triton_aot.json",
+    "fusion": "fusion/fusion_triton_aot.json",
+    "loss": "fusion/loss_triton_aot.json",
+    "moe": "moe/moe_triton_aot.json",
+    "placement": "fusion/placement_triton_aot.json",
+}
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Family and name of all that is launched; other functions of Triton's are inlined."""
+    found = []
+    for path in sorted(KERNELS.glob("*.py")):
+        if path.stem in ("__init__", "common"):
+            continue
+        module = importlib.import_module(f"pyvlm.triton_kernels.{path.stem}")
+        family = max((stem for stem in TABLES if path.stem.startswith(stem)), key=len)
+        found += [
+            (family, name)
+            for name, value in vars(module).items()
+            if isinstance(value, JITFunction)
+            and value.do_not_specialize
+            and value.__module__ == module.__name__
+        ]
+    return found
+
+
+def test_every_kernel_has_a_row_for_every_architecture() -> None:
+    assert len(kernels()) > 25
+    missing = []
+    for family, kernel in kernels():
+        rows = [name.split() for name in json.loads((TESTS / TABLES[family]).read_text())["kernels"]]
+        missing += [
+            f"{kernel} on sm_{architecture}"
+            for architecture in ARCHITECTURES
+            if not any(row[0] == kernel and f"sm_{architecture}" in row for row in rows)
+        ]
+    assert missing == []
+
+
+def test_every_table_of_attentions_tiles_is_compiled() -> None:
+    compiled = {
+        id(attention.default_config(call.head_dim, call.dtype, divmod(call.architecture, 10)))
+        for call in ATTENTION_CALLS
+        if call.queries > 1
+    }
+    for table in (attention._BLACKWELL, attention._HOPPER, attention._OTHER, attention._FLOAT32):
+        for head_dim, config in table.items():
+            assert id(config) in compiled, (head_dim, config)
+
+
+def test_every_table_of_the_experts_tiles_is_compiled() -> None:
+    few = {False: set(), True: set()}
+    for call in MOE_CALLS:
+        few[call.tokens < 1024].add(id(moe.default_config(call.dtype, divmod(call.architecture, 10), False)))
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        for dtype in (torch.bfloat16, torch.float32):
+            config = moe.default_config(dtype, capability, False)
+            assert all(id(config) in compiled for compiled in few.values())
