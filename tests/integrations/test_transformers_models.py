@@ -140,13 +140,23 @@ def test_gradient_checkpointing_changes_nothing(family: Family) -> None:
 
 def test_compiled_models_agree(family: Family) -> None:
     """The graph breaks only where the model's own code breaks it; the eager backend shows what is traced."""
+    if family.pictures is None and family.name not in ("mixtral", "qwen3_moe"):
+        pytest.skip("compiled as the language model of a vision-language model")
     model = family.model()
     batch = family.batch(model)
     accelerate(model)
-    expected = logits(model, batch)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-4, atol=1e-4)
+    with torch.set_grad_enabled(family.name == "llava"):  # tracing the backward takes as long again
+        expected = logits(model, batch)
+        torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-4, atol=1e-4)
+    if family.name == "llava":
+        theirs = gradients(model, batch)
+        ours = gradients(compiled, batch)
+        assert {f"_orig_mod.{name}" for name in theirs} <= ours.keys()
+        for name, gradient in ours.items():  # of layers that nothing reads there is 0 or nothing
+            other = theirs.get(name.removeprefix("_orig_mod."), torch.zeros(()))
+            torch.testing.assert_close(gradient, other.expand_as(gradient), rtol=1e-3, atol=1e-5)
 
 
 # What transformers itself does not keep apart.
