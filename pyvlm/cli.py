@@ -158,6 +158,12 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--length", type=_positive, help="tokens a row; given, of the stages' batches too")
     budget.add_argument("--images", type=_natural, help="images a row (default 1); the same holds")
     budget.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="HEIGHTxWIDTH",
+        help="of a model with tiling, what images are taken to be (default 480x640)",
+    )
+    budget.add_argument(
         "--flops-per-second", type=_rate, metavar="RATE", help="such as 4e14 (default: measured here)"
     )
     budget.add_argument("--price-per-hour", type=_rate, metavar="PRICE", help="of a machine of that rate")
@@ -197,7 +203,9 @@ def _add_data_commands(data: argparse.ArgumentParser) -> None:
         whose.add_argument("--recipe", metavar="RECIPE", help="tokens as the model of this recipe takes them")
         parser.add_argument("--images", metavar="FOLDER", help="that image paths are relative to")
         parser.add_argument("--max-length", type=_positive, metavar="N", help="cut to so many tokens")
-        _add_changes(parser.add_argument_group("with --recipe"))
+        of_recipe = parser.add_argument_group("with --recipe")
+        of_recipe.add_argument("--stage", metavar="NAME", help="as this stage has them: form, size of images")
+        _add_changes(of_recipe)
         parser.set_defaults(learn_from=[])  # what is looked at is DATA
     show.add_argument("--index", type=_natural, default=0, metavar="N", help="which record (default 0)")
     show.add_argument("--png", type=Path, metavar="FILE", help="write a picture of the mask")
@@ -278,6 +286,13 @@ def _rate(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"expected height x width in pixels, such as 480x640, got {text!r}")
+    return int(height), int(width)
 
 
 def _at_least(text: str, least: int) -> int:

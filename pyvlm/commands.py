@@ -177,9 +177,17 @@ def _processor_of(options: argparse.Namespace) -> tuple[Any, Any] | None:
     """The processor and the configuration of --model or --recipe; None without either."""
     if options.recipe is not None:
         recipe = _recipe(options)
-        return recipe.processor(), recipe.model
-    changes = {"--variant": options.variant, "--lm": options.lm, "--vision": options.vision}
-    changes |= {"--from": options.checkpoint, "--set": options.set, "--seed": options.seed}
+        if options.stage is None:
+            return recipe.processor(), recipe.model
+        if options.stage not in recipe.stages:
+            raise ValueError(
+                f"--stage {options.stage}: {recipe.name} has the stages {', '.join(recipe.stages)}"
+            )
+        form = recipe.stages[options.stage].form
+        return recipe.processor(options.stage).changed(form=form), recipe.model_in(options.stage)
+    changes = {"--stage": options.stage, "--variant": options.variant, "--lm": options.lm}
+    changes |= {"--vision": options.vision, "--from": options.checkpoint}
+    changes |= {"--set": options.set, "--seed": options.seed}
     if given := [name for name, value in changes.items() if value not in (None, [])]:
         raise ValueError(f"{', '.join(given)}: of a recipe, and none is named; give it with --recipe")
     if options.model is None:
@@ -206,6 +214,7 @@ def run_budget(options: argparse.Namespace) -> None:
         options.images,
         options.flops_per_second,
         options.price_per_hour,
+        options.image_size,
     )
     print(format_budget(budget))
     if options.json is not None:

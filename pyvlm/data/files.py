@@ -6,8 +6,9 @@ anew for each epoch. Nothing depends on what was asked for before.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Literal
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from pyvlm._tell import tell
 from pyvlm.data.bad_records import Report
 from pyvlm.data.blending import blend, can_blend, introduce_images
+from pyvlm.data.lengths import Arrays, digest, identity, remember, scan_from_arrays, scan_to_arrays
 from pyvlm.data.packing import encode, measure, pack_samples
 from pyvlm.data.plans import draw, group_by_length, plan_blends, plan_packs
 from pyvlm.data.readers import RecordFile
@@ -66,6 +68,8 @@ class FilesConfig(Config):
         shuffle: anew in each epoch; without it the records come in their order.
         blend: makes dialogues of several images out of samples of one.
         image_words: written before each image, {n} its number, as "Image {n}:"; None: nothing.
+        cache: a folder that keeps the samples' lengths between runs (see `pyvlm.data.lengths`); None: the run
+            folder does, for this run alone.
     """
 
     source: Literal["files"] = "files"
@@ -79,6 +83,7 @@ class FilesConfig(Config):
     shuffle: bool = True
     blend: BlendConfig | None = None
     image_words: str | None = None
+    cache: str | None = None
 
     @property
     def files(self) -> list[DataFile]:
@@ -126,7 +131,7 @@ class FilesSource:
     """The conversations of `FilesConfig` as samples; see `pyvlm.data.source.Source`.
 
     Sample i of step s is number s · batch_size + i of an endless sequence of epochs. All records are read
-    once at the start, to check and measure them.
+    once at the start, to check and measure them, unless a cache has what was found before.
 
     Args:
         config: which files, and what becomes of them.
@@ -134,6 +139,7 @@ class FilesSource:
         seed: of every order and choice.
         batch_size: samples a step, over all processes.
         tell: is told of the records that are left out.
+        cache: the folder that keeps lengths where the config names none; None: no folder does.
 
     Raises:
         ValueError: a file cannot be read or holds nothing to learn from, or has bad records and
@@ -147,6 +153,7 @@ class FilesSource:
         seed: int,
         batch_size: int,
         tell: Callable[[str], None] = tell,
+        cache: Path | None = None,
     ) -> None:
         if config.image_words is not None and processor.config.image_words is not None:
             raise ValueError(
@@ -154,12 +161,14 @@ class FilesSource:
                 f"{processor.config.image_words!r} of the model; leave out one"
             )
         self.config, self.processor, self.seed, self.batch_size = config, processor, seed, batch_size
+        self.cache = cache if config.cache is None else Path(config.cache)
+        self.tell = tell
         self.files = [RecordFile(file.path, file.images, config.format) for file in config.files]
         self.weights = [file.weight for file in config.files]
         self.reports: list[Report] = []
         self._items: list[list[_Item]] = []
         for number, file in enumerate(self.files):
-            found = scan(file, lambda messages: self._measure(self._worded(messages)), can_blend)
+            found = scan_from_arrays(self._remember(file, {}, partial(self._scan, file)))
             self.reports.append(found.report)
             _judge(found.report, config.bad_records, tell)
             self._items.append(list(self._plan(number, found)))
@@ -221,11 +230,14 @@ class FilesSource:
         if self.config.blend is not None:
             most, limit = self.config.blend.most, self.config.max_length
             groups = plan_blends(found.lengths.tolist(), found.passed, most, limit, self.seed)
-        sizes = [int(found.lengths[members[0]]) for members in groups]
         records = [tuple(found.kept[members].tolist()) for members in groups]
-        for g, members in enumerate(groups):
-            if len(members) > 1:  # templates and numbers make a whole longer or shorter than its parts
-                sizes[g] = self._measure(self._conversation(file, records[g]))
+        sizes = [int(found.lengths[members[0]]) for members in groups]
+        if self.config.blend is not None:
+            drawn = {"most": self.config.blend.most, "seed": self.seed}
+            blended = self._remember(
+                self.files[file], drawn, lambda: {"sizes": self._blended_sizes(file, records, sizes)}
+            )
+            sizes = blended["sizes"].tolist()
         packs = [[g] for g in range(len(groups))]
         if self.config.packing:
             assert self.config.max_length is not None
@@ -233,6 +245,37 @@ class FilesSource:
         for pack in packs:
             shows = any(found.images[i] for g in pack for i in groups[g])
             yield _Item(tuple(records[g] for g in pack), sum(sizes[g] for g in pack), shows)
+
+    def _blended_sizes(
+        self, file: int, records: Sequence[tuple[int, ...]], alone: Sequence[int]
+    ) -> np.ndarray:
+        """Of blended groups: templates and numbers make a whole longer or shorter than its parts."""
+        return np.array(
+            [
+                size if len(members) == 1 else self._measure(self._conversation(file, members))
+                for members, size in zip(records, alone, strict=True)
+            ]
+        )
+
+    def _scan(self, file: RecordFile) -> Arrays:
+        return scan_to_arrays(scan(file, lambda messages: self._measure(self._worded(messages)), can_blend))
+
+    def _remember(self, file: RecordFile, drawn: dict[str, Any], find: Callable[[], Arrays]) -> Arrays:
+        """What `find` gives, from the cache where there is one; `drawn` is what it depends on beside all that
+        a scan does."""
+
+        def key() -> str:
+            return digest(
+                self.processor,
+                files=identity(file.path),
+                images=str(file.images.absolute()),
+                format=self.config.format,
+                max_length=self.config.max_length,
+                image_words=self.config.image_words,
+                drawn=drawn,
+            )
+
+        return remember(self.cache, key, find, self.tell)
 
     def _conversation(self, file: int, records: Sequence[int]) -> Messages:
         return self._worded(blend([self.files[file][record].messages for record in records]))

@@ -17,6 +17,7 @@ from pyvlm.models.connector_config import QFormerConnectorConfig, ResamplerConfi
 from pyvlm.models.images import load_image
 from pyvlm.models.parts import hash_parts
 from pyvlm.models.processor import Processor, ProcessorConfig, word_level_tokenizer
+from pyvlm.models.resolution import change_image_size
 from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.upcycling import upcycle
 from pyvlm.models.vlm import VLM, VLMOutput
@@ -40,6 +41,7 @@ __all__ = [
     "VLMConfig",
     "VLMOutput",
     "ViTConfig",
+    "change_image_size",
     "hash_parts",
     "load_image",
     "merge_lora",

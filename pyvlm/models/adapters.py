@@ -86,7 +86,7 @@ def copy_with_language(model: "VLM", changes: dict[str, Any]) -> "VLM":
         ValueError: a configuration that cannot be.
     """
     language = LanguageConfig.model_validate(model.config.language.model_dump() | changes)
-    new = _shallow_copy(model)
+    new = shallow_copy(model)
     new.language = copy_modules(model.language)
     new.language.config = language
     new.config = VLMConfig.model_validate(model.config.model_dump() | {"language": language})
@@ -95,13 +95,13 @@ def copy_with_language(model: "VLM", changes: dict[str, Any]) -> "VLM":
 
 def copy_modules(module: ModuleType) -> ModuleType:
     """A tree of modules of its own over the very same parameters and buffers."""
-    new = _shallow_copy(module)
+    new = shallow_copy(module)
     for name, child in module.named_children():
         setattr(new, name, copy_modules(child))
     return new
 
 
-def _shallow_copy(module: ModuleType) -> ModuleType:
+def shallow_copy(module: ModuleType) -> ModuleType:
     """The same module with tables of its own: what is put in one is not put in the other."""
     new = copy.copy(module)
     for table in ("_modules", "_parameters", "_buffers"):
@@ -155,7 +155,7 @@ def _is_lora(module: nn.Module) -> bool:
 
 def _merged(layer: Any) -> nn.Module:
     """The plain linear of one of peft's, with the update in its weight."""
-    linear: nn.Module = _shallow_copy(layer.get_base_layer())
+    linear: nn.Module = shallow_copy(layer.get_base_layer())
     (adapter,) = layer.lora_A
     weight = linear.get_parameter("weight")
     merged = weight.detach() + layer.get_delta_weight(adapter).detach().to(weight.dtype)

@@ -98,6 +98,10 @@ class ChatTemplate:
         self._marked = bool(spans)
         self._opening = "" if spans else self._find_opening(literals)
         self.end_token_id = ids[self.end_token]
+        # Where dialogues begin with the token that begins a text, the tokenizer of the model puts it before
+        # every text.
+        bos = self._special_tokens.get("bos_token")
+        self.start_ids = [ids[bos]] if bos in ids and text.startswith(bos) else []
 
     def write(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Written:
         """Token ids of `turns`, one placeholder an image.
@@ -127,6 +131,26 @@ class ChatTemplate:
                 "give the token that it writes for an image as the image token"
             )
         return Written(encoding.ids, self._learnt(encoding, spans))
+
+    @property
+    def caption_end_id(self) -> int:
+        """A newline, as LLaVA has it, and not the end of an answer."""
+        ids: list[int] = self._tokenizer.encode("\n", add_special_tokens=False).ids
+        if not ids:
+            raise ValueError(
+                'a caption of the form "plain" ends with a newline, which this tokenizer leaves out'
+            )
+        return ids[-1]
+
+    def caption(self, text: str, number: int) -> list[int]:
+        """A caption, message `number`, and the newline behind it.
+
+        Raises:
+            ValueError: it holds a control token.
+        """
+        self._check_text(Turn("assistant", (text,)), number)
+        ids: list[int] = self._tokenizer.encode(f"{text}\n", add_special_tokens=False).ids
+        return ids
 
     def _units(self, turn: Turn) -> list[str]:
         """The texts of a turn that the template places: each part, or all joined where it takes no lists."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -139,10 +140,15 @@ def copy_processor(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def write_model(model: nn.Module, config: BaseModel, folder: Path) -> None:
-    """Writes config, parameters and buffers into a folder of `replace_folder`; this alone is not atomic."""
+def write_model(model: nn.Module, config: BaseModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config, parameters and buffers into a folder of `replace_folder`; this alone is not atomic.
+
+    Floating ones are written as they are, or in `dtype`.
+    """
     (folder / CONFIG).write_text(config.model_dump_json(indent=2))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if dtype is not None:  # on the CPU: a device may have no room for all of them in a larger type
+        tensors = {n: t.cpu().to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read its files
 

@@ -19,9 +19,10 @@ from pyvlm.models.images import fit_image, image_size, load_image
 from pyvlm.models.pretrained_tokenizer import read_pretrained_tokenizer, read_tokenizer
 from pyvlm.models.tiling import TilingConfig, cut_image
 from pyvlm.models.tower_config import Config, ImageConfig, Size
-from pyvlm.models.turns import RoleTokens, Template, Turn
+from pyvlm.models.turns import DialogueTemplate, PlainCaption, RoleTokens, Template, Turn
 
 IGNORED = -100
+Form = Literal["dialogue", "plain"]
 Message = Mapping[str, Any]
 Sample = dict[str, Tensor]
 
@@ -43,12 +44,15 @@ class ProcessorConfig(Config):
 
     Images stand between the tokens `image_start` and `image_end` where these are given, and behind
     `image_words`, ordinary text in which {n} is the image's number in the dialogue ("Image {n}: ").
+
+    With `form` "plain" a sample is no dialogue but an image and its caption: see `PlainCaption`.
     """
 
     image: ImageConfig
     tiling: TilingConfig | None = None  # with it, tokens_per_image are those of a tile
     tokens_per_image: Size
     template: Literal["role_tokens", "chat"] = "role_tokens"
+    form: Form = "dialogue"
     chat_template: str | None = None
     special_tokens: dict[str, str] = Field(default_factory=dict)
     image_token: str = "<image>"
@@ -131,19 +135,31 @@ class Processor:
         self._around_image = [
             [] if name is None else [ids[name]] for name in (config.image_start, config.image_end)
         ]
-        self._template: Template
+        dialogues: DialogueTemplate
         if config.chat_template is not None:
-            self._template = ChatTemplate(
+            dialogues = ChatTemplate(
                 config.chat_template, tokenizer, config.special_tokens, config.image_token
             )
         else:
-            self._template = RoleTokens(
+            dialogues = RoleTokens(
                 tokenizer,
                 {"user": ids[config.user_token], "assistant": ids[config.assistant_token]},
                 ids[config.end_token],
                 self.image_token_id,
                 {ids[name]: name for name in config.template_tokens},
             )
+        self._template: Template = dialogues
+        if config.form == "plain":
+            self._template = PlainCaption(dialogues, self.image_token_id)
+
+    def changed(self, **changes: Any) -> "Processor":
+        """The same tokenizer with other entries of the config, such as `form` or `image`.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        config = ProcessorConfig.model_validate(dict(self.config) | changes)
+        return self if config == self.config else Processor(self.tokenizer, config)
 
     @property
     def vocab_size(self) -> int:

@@ -35,6 +35,27 @@ class Template(Protocol):
         """Raises ValueError where the turns cannot be written as the template is."""
 
 
+class DialogueTemplate(Template, Protocol):
+    """A template of dialogues, which also says how a caption alone is written.
+
+    Attributes:
+        start_ids: what stands before everything else, such as the token that begins a text.
+    """
+
+    start_ids: list[int]
+
+    @property
+    def caption_end_id(self) -> int:
+        """The last token of a caption. Raises ValueError where there is none."""
+
+    def caption(self, text: str, number: int) -> list[int]:
+        """A caption, message `number`, and its end.
+
+        Raises:
+            ValueError: it holds a token of the template's.
+        """
+
+
 class RoleTokens:
     """A turn is its role's token, its content, each piece of text by itself, and the end token.
 
@@ -56,6 +77,7 @@ class RoleTokens:
         reserved: Mapping[int, str],
     ) -> None:
         self.end_token_id = end_token_id
+        self.start_ids: list[int] = []
         self._tokenizer, self._role_ids = tokenizer, role_ids
         self._image_token_id, self._reserved = image_token_id, reserved
 
@@ -73,11 +95,59 @@ class RoleTokens:
             learnt.append(False)
         return Written(ids, learnt)
 
+    @property
+    def caption_end_id(self) -> int:
+        return self.end_token_id
+
+    def caption(self, text: str, number: int) -> list[int]:
+        return [*self._encode(text, number), self.caption_end_id]
+
     def _encode(self, text: str, number: int) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if written := [self._reserved[i] for i in ids if i in self._reserved]:
             raise reserved_token_error(number, written[0])
         return ids
+
+
+class PlainCaption:
+    """One image, then its caption, which is learnt to its end: the form that LLaVA's first stage has.
+
+    There is no system message, no role and no instruction: of the user's message the image alone is taken.
+    Source: `preprocess_plain` of llava/train/train.py, with the conversation `conv_llava_plain`
+    (github.com/haotian-liu/LLaVA), arXiv 2304.08485.
+
+    Args:
+        template: of the model's dialogues.
+        image_token_id: the placeholder of an image.
+    """
+
+    roles: tuple[str, ...] = ("user", "assistant")
+
+    def __init__(self, template: DialogueTemplate, image_token_id: int) -> None:
+        self._template, self._image_token_id = template, image_token_id
+        self.end_token_id = template.caption_end_id
+
+    def write(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Written:
+        expected = self.roles[:1] if add_generation_prompt else self.roles
+        if (given := tuple(turn.role for turn in turns)) != expected:
+            raise ValueError(
+                f'the form "plain" takes the messages {" and ".join(expected)}, got '
+                f"{', '.join(given) or 'none'}"
+            )
+        if (images := turns[0].parts.count(None)) != 1:
+            raise ValueError(
+                f'message 0: the form "plain" takes one image and its caption, got {images} images'
+            )
+        start = [*self._template.start_ids, self._image_token_id]
+        caption: list[int] = []
+        if not add_generation_prompt:
+            pieces = [part for part in turns[1].parts if part is not None]
+            if len(pieces) < len(turns[1].parts):
+                raise ValueError(
+                    'message 1: a caption of the form "plain" holds text only, and this one an image'
+                )
+            caption = self._template.caption("".join(pieces), 1)
+        return Written([*start, *caption], [False] * len(start) + [True] * len(caption))
 
 
 def reserved_token_error(number: int, token: str) -> ValueError:

@@ -4,6 +4,7 @@ Shape legend
     E experts · H hidden · I intermediate · P slots an expert
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Self, get_args
 
 import torch
@@ -119,15 +120,17 @@ class Experts(nn.Module):
         dense = read_dense(mlp, activation)
         hidden_size, intermediate_size = dense.down.shape
         has_bias = dense.gate_up_bias is not None or dense.down_bias is not None
-        layer = cls(
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            activation=dense.activation,
-            gated=dense.gated,
-            bias=has_bias,
-            **options,
-        ).to(dense.down)
+        # Of a model on the meta device nothing is drawn: MoE-LLaVA's experts took 10 s.
+        with dense.down.device if dense.down.is_meta else nullcontext():
+            layer = cls(
+                hidden_size,
+                intermediate_size,
+                num_experts,
+                activation=dense.activation,
+                gated=dense.gated,
+                bias=has_bias,
+                **options,
+            ).to(dense.down)
         with torch.no_grad():
             for copies, original in (
                 (layer.gate_up_proj, dense.gate_up),

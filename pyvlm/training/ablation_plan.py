@@ -126,8 +126,8 @@ def plan_variants(
 
 def _step_flops(recipe: Recipe) -> list[int]:
     return [
-        total(step_cost(StepCosts(model, stage.train), stage_workloads(recipe, stage)[0]).values()).total
-        for stage, model in zip(recipe.stages.values(), stage_models(recipe), strict=True)
+        total(step_cost(StepCosts(model, stage.train), stage_workloads(recipe, name)[0]).values()).total
+        for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True)
     ]
 
 

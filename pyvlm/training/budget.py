@@ -15,21 +15,24 @@ import torch
 from pyvlm.data.files import FilesConfig
 from pyvlm.models.checkpoint import write_file
 from pyvlm.models.config import VLMConfig
+from pyvlm.models.encoders import Pair
 from pyvlm.models.upcycling import upcycle
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe_options import IMAGE_ROW, TEXT_ROW
 from pyvlm.training.bundled import bundled_dialogues
 from pyvlm.training.conversation import dialogue_messages
 from pyvlm.training.flops import (
+    ASSUMED_IMAGE,
     StepCosts,
     Workload,
     experts_per_token,
+    image_cost,
     moe_layers,
     skeleton,
     total,
 )
 from pyvlm.training.products import Cost
-from pyvlm.training.recipe import Recipe, Stage
+from pyvlm.training.recipe import Recipe
 from pyvlm.training.utilization import measured_limit
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -118,6 +121,8 @@ class Budget:
     """All of `pyvlm budget`.
 
     Attributes:
+        image_size: (height, width) that images are taken to have; None without tiling, where it is no matter.
+        maps_per_image: what the vision towers see of an image: with tiling its base view and its tiles.
         forward: by part, of the batch named by `batch`, `length` and `images` (of each row).
         cache_bytes: of the key-value caches for that batch.
         rate: FLOPs a second that hours are reckoned with; rate_source: where it comes from.
@@ -128,7 +133,9 @@ class Budget:
     batch: int
     length: int
     images: int
+    image_size: Pair | None
     tokens_per_image: int
+    maps_per_image: int
     parameters: dict[str, PartParameters]
     forward: dict[str, Cost]
     cache_bytes: int
@@ -150,6 +157,7 @@ def make_budget(
     images: int | None = None,
     rate: float | None = None,
     price_per_hour: float | None = None,
+    image_size: Pair | None = None,
 ) -> Budget:
     """The budget of a recipe.
 
@@ -159,14 +167,22 @@ def make_budget(
             reckoned with such rows too, and otherwise with rows of their own data.
         rate: FLOPs a second; None: that of a matrix product on this machine, measured now.
         price_per_hour: of a machine with that rate.
+        image_size: (height, width) of every image, for a model with tiling; None: 480 by 640.
 
     Raises:
-        ValueError: the images do not fit into the rows, or a stage trains a part that the model lacks.
+        ValueError: an image size without tiling, the images do not fit into the rows, or a stage trains a
+            part that the model lacks.
     """
     config, size = recipe.model, BYTES[recipe.precision]
+    if image_size is not None and config.tiling is None:
+        side = config.image.size
+        raise ValueError(
+            f"every image is made {side} by {side} pixels: an image size is for models with tiling"
+        )
     shape = None if length is None and images is None else (length, images)
-    length, images = row_shape(config, length, images)
-    workload = Workload.of_shape(config, batch, length, images)
+    seen = image_size or ASSUMED_IMAGE
+    length, images = row_shape(config, length, images, seen)
+    workload = Workload.of_shape(config, batch, length, images, seen)
     source = "given"
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,8 +191,8 @@ def make_budget(
             f"torch.mm in {recipe.precision}, measured here",
         )
     stages = []
-    for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True):
-        steps, data = stage_workloads(recipe, stage, shape)
+    for name, model in zip(recipe.stages, stage_models(recipe), strict=True):
+        steps, data = stage_workloads(recipe, name, shape, seen)
         stages.append(_budget_stage(recipe, model, name, steps, data, rate, price_per_hour))
     costs = StepCosts(config)
     language = config.language
@@ -187,7 +203,8 @@ def make_budget(
         batch,
         length,
         images,
-        config.tokens_per_image,
+        None if config.tiling is None else seen,
+        *image_cost(config, seen),
         count_parameters(costs.model),
         costs.of(workload),
         batch * length * cached,
@@ -267,33 +284,41 @@ def count_decoding(costs: StepCosts, length: int, size: int) -> Decoding:
     return Decoding(length, flops, size * elements, size * cache)
 
 
-def row_shape(config: VLMConfig, length: int | None, images: int | None) -> tuple[int, int]:
+def row_shape(config: VLMConfig, length: int | None, images: int | None, image_size: Pair) -> tuple[int, int]:
     """Tokens and images of a row, with what is left open: one image, and 128 tokens of text."""
     images = 1 if images is None else images
-    return images * (config.tokens_per_image + 1) + TEXT_BESIDE_IMAGES if length is None else length, images
+    each, _ = image_cost(config, image_size)
+    return images * (each + 1) + TEXT_BESIDE_IMAGES if length is None else length, images
 
 
 def stage_workloads(
-    recipe: Recipe, stage: Stage, shape: tuple[int | None, int | None] | None = None
+    recipe: Recipe,
+    name: str,
+    shape: tuple[int | None, int | None] | None = None,
+    image_size: Pair = ASSUMED_IMAGE,
 ) -> tuple[list[list[Workload]], str]:
     """The batches of some steps of a stage, and in words what they are.
 
     Args:
+        name: of the stage.
         shape: tokens and images a row, see `row_shape`; None: those of the stage's own data, where these come
             with pyvlm.
+        image_size: (height, width) of the images of such rows, which matters with tiling only.
     """
+    stage, model = recipe.stages[name], recipe.model_in(name)
     size = stage.batch_size // stage.accumulation
     if shape is not None or isinstance(stage.data, FilesConfig):
-        length, images = row_shape(recipe.model, *(shape or (None, None)))
-        batches = [Workload.of_shape(recipe.model, size, length, images)] * stage.accumulation
+        length, images = row_shape(model, *(shape or (None, None)), image_size)
+        batches = [Workload.of_shape(model, size, length, images, image_size)] * stage.accumulation
         return [batches], f"rows of {length:,} tokens with {images} images"
-    processor, source = recipe.processor(), bundled_dialogues("train", stage.data, recipe.seed)
+    processor = recipe.processor(name).changed(form=stage.form)
+    source = bundled_dialogues("train", stage.data, recipe.seed)
     steps = []
     for number in range(DRAWN_STEPS):
         dialogues = source.batch(1 + stage.count_steps() * number // DRAWN_STEPS, range(stage.batch_size))
         samples = [processor.encode(dialogue_messages(dialogue)) for dialogue in dialogues]
         collated = [processor.collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-        steps.append([Workload.of_batch(recipe.model, batch) for batch in collated])
+        steps.append([Workload.of_batch(model, batch) for batch in collated])
     return steps, f"{DRAWN_STEPS} steps of its own data"
 
 
@@ -307,11 +332,14 @@ def step_cost(costs: StepCosts, steps: Sequence[Sequence[Workload]]) -> dict[str
 
 
 def stage_models(recipe: Recipe) -> list[VLMConfig]:
-    """The model of each stage: MLPs that one stage makes experts of are experts in the next ones too."""
-    config, configs = recipe.model, []
-    for stage in recipe.stages.values():
+    """The model of each stage: MLPs that one stage makes experts of are experts in the next ones too, and
+    images keep the size that one stage gives them."""
+    language, configs = recipe.model.language, []
+    for name, stage in recipe.stages.items():
+        config = recipe.model_in(name).model_copy(update={"language": language})
         if stage.upcycle is not None:
             config = upcycle(skeleton(config), stage.upcycle, recipe.seed).config
+            language = config.language
         configs.append(config)
     return configs
 

@@ -13,8 +13,8 @@ FLOPs: matrix products and convolutions only; a multiply-add is two. Attention: 
   less. Gradient checkpointing is not in the FLOPs of a stage.
 Bytes: weights, inputs and outputs of these products, read or written once each; the rest taken as fused.
 Memory: gradients and AdamW's two moments for what learns. The bf16 figures are for all of it in bf16;
-  precision bf16 in a recipe is autocast, which keeps all of it in fp32. Every expert takes memory, however
-  few of them a token activates.
+  precision bf16 in a recipe is autocast, which keeps all of it in fp32 but the linear layers that are frozen
+  and came in bf16. Every expert takes memory, however few of them a token activates.
 Activations: of one batch, what PyTorch keeps for backward with fused attention; buffers of kernels, of the
   head and of communication come on top, and towers of type vit count their attention scores.
 Hours: at the full rate of matrix products, which no training reaches: divide by the utilisation you expect.
@@ -26,8 +26,14 @@ def format_budget(budget: Budget) -> str:
     head = (
         f"{budget.name}: {human(budget.total_parameters)} parameters, {budget.precision}; a batch of "
         f"{budget.batch} x {budget.length:,} tokens with {budget.images} images each, "
-        f"{budget.tokens_per_image} tokens an image"
+        f"{budget.tokens_per_image:,} tokens an image"
     )
+    if budget.image_size is not None:
+        height, width = budget.image_size
+        head += (
+            f"\nevery image is taken to be {height} pixels high and {width} wide, which makes "
+            f"{budget.maps_per_image} maps of it, its base view and its tiles (--image-size)"
+        )
     sections = [head, _parameters(budget), _forward(budget), _memory(budget), _stages(budget), LEGEND]
     return "\n\n".join(sections)
 

@@ -88,14 +88,14 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
 def save_model(
     folder: str | os.PathLike[str], model: VLM, processor: Processor, facts: dict[str, Any]
 ) -> None:
-    """Replaces a model that is kept on the way, with `facts.json` beside its files.
+    """Replaces a model that is kept on the way, all in float32, with `facts.json` beside its files.
 
     Raises:
         ValueError: it cannot be written; what was there before is kept.
     """
     try:
         with checkpoint.replace_folder(folder) as aside:
-            checkpoint.write_model(model, model.config, aside)
+            checkpoint.write_model(model, model.config, aside, torch.float32)
             processor.save_pretrained(aside)
             (aside / FACTS).write_text(json.dumps(facts, indent=2))
     except (OSError, checkpoint.SafetensorError) as error:

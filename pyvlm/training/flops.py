@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyvlm.layout import IMAGE, TEXT, TokenLayout
 from pyvlm.models.config import VLMConfig
+from pyvlm.models.encoders import Pair
 from pyvlm.models.inputs import default_layout, next_labels
 from pyvlm.models.language import DecoderLayer
 from pyvlm.models.processor import IGNORED
@@ -28,6 +29,10 @@ from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.training.products import Cost, count_products
 
 VISION_SIDE = ("vision", "fusion", "connector")
+ASSUMED_IMAGE = (
+    480,
+    640,
+)  # (height, width) of the commonest photographs of COCO, which LLaVA's data are made of
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Workload:
     Attributes:
         layout: of its tokens, on the CPU; padding is computed like any other token.
         labelled: tokens whose next one is learned; the head is computed for them alone.
-        images: how many the vision towers see.
+        images: how many the vision towers see; with tiling, base views and tiles.
     """
 
     layout: TokenLayout
@@ -68,13 +73,18 @@ class Workload:
         return cls(layout, labelled, 0 if batch["images"] is None else len(batch["images"]))
 
     @classmethod
-    def of_shape(cls, config: VLMConfig, batch: int, length: int, images: int) -> "Workload":
+    def of_shape(
+        cls, config: VLMConfig, batch: int, length: int, images: int, image_size: Pair = ASSUMED_IMAGE
+    ) -> "Workload":
         """Rows of one token, then their images, a token between them, then text whose second half is learned.
+
+        Args:
+            image_size: (height, width) of every image, which matters with tiling only.
 
         Raises:
             ValueError: the images do not fit into the rows.
         """
-        each = config.tokens_per_image
+        each, maps = image_cost(config, image_size)
         text = length - images * (each + 1)
         if text < 1:
             raise ValueError(
@@ -85,7 +95,7 @@ class Workload:
         kind = torch.tensor(kinds, dtype=torch.uint8).expand(batch, length).contiguous()
         labelled = text // 2
         prefix = torch.arange(length).expand(batch, length) < length - labelled
-        return cls(TokenLayout(kind, prefix=prefix), batch * labelled, batch * images)
+        return cls(TokenLayout(kind, prefix=prefix), batch * labelled, batch * images * maps)
 
     @classmethod
     def of_text(cls, tokens: int) -> "Workload":
@@ -262,6 +272,15 @@ class Walk:
             self.costs["experts"] += Cost(flops, gradients * flops, elements, gradients * elements)
             # The routing's weights carry a gradient to the router wherever that learns.
             self.needs_grad |= weight.requires_grad or moe.gate.weight.requires_grad
+
+
+def image_cost(config: VLMConfig, image_size: Pair) -> tuple[int, int]:
+    """Tokens of an image of (height, width), and maps that the vision towers make of it."""
+    if config.tiling is None:
+        return config.tokens_per_image, 1
+    tile = config.image.size
+    tokens = config.tiling.num_tokens(image_size, tile, config.tokens_per_image)
+    return tokens, config.tiling.num_maps(image_size, tile)
 
 
 def skeleton(config: VLMConfig) -> VLM:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,22 +49,36 @@ class HeldOut:
 
     Args:
         recipe: `recipe.held_out` says which data, `recipe.evaluation` how many at a look.
-        processor: encodes them.
+        processors: any of them may encode the data; those of the stages, which may differ in their images.
         tell: is told of records that are left out.
+        cache: the folder that keeps lengths of files, see `pyvlm.data.files.FilesSource`.
 
     Raises:
         ValueError: the data are missing or cannot be read; the message says what is wrong with them.
     """
 
-    def __init__(self, recipe: Recipe, processor: Processor, tell: Callable[[str], None] = tell) -> None:
-        self.processor, self.settings, data = processor, recipe.evaluation, recipe.held_out
+    def __init__(
+        self,
+        recipe: Recipe,
+        processors: Sequence[Processor],
+        tell: Callable[[str], None] = tell,
+        cache: Path | None = None,
+    ) -> None:
+        self.settings, data = recipe.evaluation, recipe.held_out
         self.dialogues: list[Dialogue] = []
-        self.source: SampleSource | None = None
+        self.sources: dict[Processor, SampleSource] = {}
         if isinstance(data, FilesConfig):
             try:
-                self.source = make_source(
-                    data, "test", recipe.seed, processor, batch_size=self.settings.batch_size, tell=tell
-                )
+                for processor in dict.fromkeys(processors):
+                    self.sources[processor] = make_source(
+                        data,
+                        "test",
+                        recipe.seed,
+                        processor,
+                        batch_size=self.settings.batch_size,
+                        tell=tell,
+                        cache=cache,
+                    )
             except ValueError as error:
                 raise ValueError(f"evaluation.data: {error}") from error
         else:
@@ -71,17 +86,19 @@ class HeldOut:
             source = bundled_dialogues("test", data, recipe.seed)
             self.dialogues = source.batch(0, range(self.settings.quick_dialogues))
 
-    def look(self, model: VLM) -> Look:
+    def look(self, model: VLM, processor: Processor) -> Look:
         """The accuracy of first answers where the data are bundled dialogues, and else the loss.
 
         The model is left in training mode.
+
+        Args:
+            processor: one of those given at the start, that of the stage.
         """
         count, batch_size = self.settings.quick_dialogues, self.settings.batch_size
-        if self.source is None:
-            accuracy = evaluate(model, self.processor, self.dialogues, batch_size).accuracy
-            look = Look("held_out_accuracy", accuracy)
+        if self.dialogues:
+            look = Look("held_out_accuracy", evaluate(model, processor, self.dialogues, batch_size).accuracy)
         else:
-            loss = held_out_loss(model, self.processor, self.source, count, batch_size)
+            loss = held_out_loss(model, processor, self.sources[processor], count, batch_size)
             look = Look("held_out_loss", loss)
         model.train()
         return look

@@ -15,7 +15,8 @@ from pyvlm.data.files import FilesConfig
 from pyvlm.models.config import Config, MoEConfig, VLMConfig
 from pyvlm.models.language_families import read_language
 from pyvlm.models.parts import PARTS
-from pyvlm.models.processor import Processor, ProcessorConfig
+from pyvlm.models.processor import Form, Processor, ProcessorConfig
+from pyvlm.models.resolution import with_image_size
 from pyvlm.models.tiling import TilingConfig
 from pyvlm.models.tower_config import ImageConfig
 from pyvlm.training.bundled import Bundled, words_of
@@ -55,6 +56,10 @@ class Stage(Config):
             digits, what was 94 % right fell to 9 % with a fresh AdamW and to 65 % with the old moments.
         upcycle: before the stage, the MLPs of these layers become experts that are copies of them
             (MoE-LLaVA, arXiv 2401.15947).
+        image_size: from this stage on, images are of so many pixels a side, and the towers' positions are
+            interpolated: see `pyvlm.models.change_image_size`.
+        form: whether samples are dialogues, or one image and its caption, without roles and instructions
+            (LLaVA's first stage): see `pyvlm.models.turns.PlainCaption`.
         data: what the dialogues look like, or where they are.
     """
 
@@ -77,6 +82,8 @@ class Stage(Config):
     z_loss: Rate = 0.0
     keep_optimizer: bool = False
     upcycle: MoEConfig | None = None
+    image_size: Positive | None = None
+    form: Form = "dialogue"
     data: Data = DigitsConfig()
 
     @property
@@ -119,7 +126,20 @@ class Stage(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}"
             )
+        if self.form == "plain":
+            self._check_captions()
         return self
+
+    def _check_captions(self) -> None:
+        """Raises ValueError where the data are to be what captions are not."""
+        if isinstance(self.data, FilesConfig):
+            given = {"blend": self.data.blend, "image_words": self.data.image_words}
+            if several := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f'form "plain" is one image and its caption: leave out data.{several[0]}')
+            return
+        for name, (_, most) in (("images", self.data.images), ("rounds", self.data.rounds)):
+            if most > 1:
+                raise ValueError(f'form "plain" is one image and its caption: give data.{name} [1, 1]')
 
 
 class Evaluation(Config):
@@ -234,6 +254,11 @@ class Recipe(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sizes_are_possible(self) -> "Recipe":
+        self.model_in(list(self.stages)[-1])
+        return self
+
     @property
     def total_steps(self) -> int:
         """Steps of all stages.
@@ -242,6 +267,23 @@ class Recipe(Config):
             ValueError: a stage counts epochs, and its steps depend on its data.
         """
         return sum(stage.count_steps() for stage in self.stages.values())
+
+    def model_in(self, stage: str) -> VLMConfig:
+        """The model with images of the size that they have in a stage; what else a stage changes is left out.
+
+        Raises:
+            ValueError: the model cannot see images of that size; the message names the stage.
+        """
+        config = self.model
+        for name, entry in self.stages.items():
+            if entry.image_size is not None:
+                try:
+                    config = with_image_size(config, entry.image_size)
+                except ValueError as error:
+                    raise ValueError(f"stage {name!r}: image_size: {error}") from error
+            if name == stage:
+                break
+        return config
 
     @property
     def held_out(self) -> Data:
@@ -268,13 +310,16 @@ class Recipe(Config):
             raise ValueError("accuracy is measured on bundled dialogues, and evaluation.data names files")
         return held_out
 
-    def processor(self) -> Processor:
-        """The tokenizer and the image preprocessing of this recipe.
+    def processor(self, stage: str | None = None) -> Processor:
+        """The tokenizer and the image preprocessing of this recipe, for dialogues.
+
+        Args:
+            stage: whose images; None: those of the model as the run begins.
 
         Raises:
             ValueError: the tokenizer is the language model's, and its folder is not given or holds none.
         """
-        model = self.model
+        model = self.model if stage is None else self.model_in(stage)
         if self.tokenizer == "language":
             if model.language.pretrained is None:
                 raise ValueError(
@@ -286,11 +331,7 @@ class Recipe(Config):
             )
         return Processor(
             self._tokenizer(),
-            ProcessorConfig(
-                image=self.model.image,
-                tiling=self.model.tiling,
-                tokens_per_image=self.model.tokens_per_image,
-            ),
+            ProcessorConfig(image=model.image, tiling=model.tiling, tokens_per_image=model.tokens_per_image),
         )
 
     def _tokenizer(self) -> Tokenizer:

@@ -47,7 +47,10 @@ def _lines(recipe: Recipe) -> Iterator[str]:
         trainable = sum(counts.get(part, 0) for part in stage.train)
         rates = ", ".join(f"{part} {stage.rate_of(part):g}" for part in stage.train)
         size = f"{trainable:>16,}{trainable / total:>8.1%}"
-        yield f"{name:<12}{_length(stage):>10}{stage.batch_size:>8}{size}  {rates}"
+        what = "; captions" if stage.form == "plain" else ""
+        if stage.image_size is not None:
+            what += f"; images of {model.image.size} pixels, {model.tokens_per_image} tokens each"
+        yield f"{name:<12}{_length(stage):>10}{stage.batch_size:>8}{size}  {rates}{what}"
 
 
 def _count(config: VLMConfig, finer: Sequence[str]) -> dict[str, int]:

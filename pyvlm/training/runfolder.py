@@ -8,6 +8,7 @@ tensorboard/      the same for TensorBoard
 wandb/            the same for W&B, where the recipe names it
 run_id            what W&B and Trackio know the run by
 checkpoint/       what training goes on from: model, optimizer, position
+lengths/          how long the samples of data files are, unless their `cache` keeps it elsewhere
 stages/NAME/      the model at the end of each stage, where the recipe keeps them
 best/             the model that did best in a held-out evaluation on the way
 model/            the trained model, written at the end
@@ -49,6 +50,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.curves = self.path / "curves.png"
         self.checkpoint = self.path / "checkpoint"
+        self.lengths = self.path / "lengths"
         self.stages = self.path / "stages"
         self.best = self.path / "best"
         self.model = self.path / "model"
@@ -152,8 +154,18 @@ class RunFolder:
 
 
 def _relevant(recipe: Any) -> Any:
-    """A recipe without the keys at the top that only say what is written, and how often."""
-    return {k: v for k, v in recipe.items() if k not in BOOKKEEPING} if isinstance(recipe, dict) else recipe
+    """A recipe without what changes nothing in the model: keys at the top that say what is written, and how
+    often, and where lengths are kept."""
+    if not isinstance(recipe, dict):
+        return recipe
+    return _without_caches({k: v for k, v in recipe.items() if k not in BOOKKEEPING})
+
+
+def _without_caches(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    left_out = {"cache"} if value.get("source") == "files" else set()
+    return {k: _without_caches(v) for k, v in value.items() if k not in left_out}
 
 
 def _with_new_defaults(found: Any) -> Any:

@@ -4,6 +4,7 @@ Like `pyvlm.data.source.Source`, everything here is a pure function of seed, ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from pydantic import Discriminator, Tag
@@ -89,6 +90,7 @@ def make_source(
     batch_size: int,
     first_step: int = 0,
     tell: Callable[[str], None] = tell,
+    cache: Path | None = None,
 ) -> SampleSource:
     """The samples that a `data` entry describes.
 
@@ -100,10 +102,11 @@ def make_source(
         batch_size: samples a step, for sources that plan whole epochs.
         first_step: steps of the stages before, for sources without end.
         tell: is told of records that are left out.
+        cache: the folder that keeps lengths of files, see `FilesSource`.
 
     Raises:
         ValueError: the data cannot be read; the message says what is wrong with them.
     """
     if isinstance(data, FilesConfig):
-        return FilesSource(data, processor, seed, batch_size, tell)
+        return FilesSource(data, processor, seed, batch_size, tell, cache)
     return Encoded(DialogueSource(bundled_dialogues(split, data, seed), first_step), processor)

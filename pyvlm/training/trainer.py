@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,15 @@ from pyvlm.models.checkpoint import SafetensorError
 from pyvlm.models.config import MoEConfig
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
-from pyvlm.models.vlm import VLM
+from pyvlm.models.resolution import change_image_size
+from pyvlm.models.vlm import VLM, VLMOutput
 from pyvlm.training.checkpointing import Position, load_checkpoint, save_checkpoint, save_model
 from pyvlm.training.environment import describe_start
 from pyvlm.training.flops import StepCosts, Workload
 from pyvlm.training.heldout import HeldOut, best_look
 from pyvlm.training.logs import StagePlan, TrainingLog
 from pyvlm.training.optimization import check_parts, keep_moments, make_optimizer, set_learning_rate
+from pyvlm.training.precision import hold_frozen
 from pyvlm.training.profiling import NoProfile, Profile, StepProfile
 from pyvlm.training.recipe import Recipe, Stage
 from pyvlm.training.runfolder import RunFolder
@@ -103,6 +106,22 @@ def train(
         ) from error
 
 
+class Wrapped(torch.nn.Module):
+    """What accelerate prepares in place of the model, anew for each stage.
+
+    accelerate puts autocast into the `forward` of what it prepares, and marks it so as never to do so again.
+    A model that is unwrapped keeps the mark: all stages but the first were computed in float32.
+    """
+
+    def __init__(self, model: VLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> VLMOutput:
+        output: VLMOutput = self.model(**batch)
+        return output
+
+
 class Trainer:
     """A run in a locked folder; `fit` is all that there is to call."""
 
@@ -115,18 +134,22 @@ class Trainer:
         after_step: Callable[[int], None] | None,
     ) -> None:
         self.recipe, self.run, self.accelerator, self.after_step = recipe, run, accelerator, after_step
-        self.processor = recipe.processor()
+        # Of each stage, for dialogues about images of its size.
+        self.processors = stage_processors(recipe)
+        self.processor = self.processors[0]
         # All data are opened before anything is trained: what is wrong with them is told now.
-        to_tell = tell if run.main else lambda line: None
-        self.sources, self.plan = open_sources(recipe, self.processor, accelerator.num_processes, to_tell)
-        self.held_out = HeldOut(recipe, self.processor, to_tell) if recipe.evaluation.every else None
+        to_tell, cache = tell if run.main else lambda line: None, run.lengths
+        self.sources, self.plan = open_sources(
+            recipe, self.processors, accelerator.num_processes, to_tell, cache
+        )
+        self.held_out = HeldOut(recipe, self.processors, to_tell, cache) if recipe.evaluation.every else None
         restored = load_checkpoint(run.checkpoint)
         self.position = restored.position if restored else Position()
         self.optimizer_state = restored.optimizer if restored else None
         # The checkpoint's own architecture: a stage may have changed it.
         self.model = restored.model if restored else new_model(recipe)
         check_parts(self.model, recipe.stages.items())
-        self.forward: torch.nn.Module = self.model
+        self.forward: torch.nn.Module | None = None  # the model as accelerate wraps it for a stage
         self.optimizer: Optimizer | None = None
         self.costs: StepCosts | None = None  # of the stage, once they are asked for
         if run.main:
@@ -140,12 +163,15 @@ class Trainer:
                 if index >= self.position.stage:
                     self.run_stage(index, stage)
             self.log.draw()
-        self.unwrap()
+        hold_frozen(self.model, None)
 
     def run_stage(self, index: int, stage: Stage) -> None:
         """The steps of a stage that are not done yet."""
         steps = self.plan[index].steps
         done = self.position.step if index == self.position.stage else 0
+        self.processor = self.processors[index]
+        if done == 0 and stage.image_size is not None:
+            self.model = change_image_size(self.model, stage.image_size)
         if done == 0 and stage.upcycle is not None:
             seed_everything(self.recipe.seed, self.position.total, 0)
             self.model = with_experts(self.model, stage.upcycle, self.recipe.seed)
@@ -168,13 +194,14 @@ class Trainer:
     def prepare(self, stage: Stage, resumes: bool) -> Optimizer:
         """Frees and freezes the parts for a stage and makes its optimizer: with the checkpoint's state, or
         going on from the last stage's, or new."""
-        self.unwrap()
+        self.forward = None
         self.accelerator.free_memory()
         self.accelerator.gradient_accumulation_steps = stage.accumulation
         self.model.to(self.accelerator.device)
         checkpoint_layers(self.model, self.recipe.gradient_checkpointing)
         made = make_optimizer(self.model, stage)
-        self.forward = self.accelerator.prepare_model(self.model)
+        hold_frozen(self.model, torch.bfloat16 if self.recipe.precision == "bf16" else None)
+        self.forward = self.accelerator.prepare_model(Wrapped(self.model))
         optimizer = self.accelerator.prepare_optimizer(made)
         if resumes:
             assert self.optimizer_state is not None, "a checkpoint within a stage has the stage's optimizer"
@@ -185,11 +212,6 @@ class Trainer:
         self.costs = None
         self.log.flops_per_token = 0.0
         return optimizer
-
-    def unwrap(self) -> None:
-        """Takes off the model what accelerate put around it."""
-        self.accelerator.unwrap_model(self.forward, keep_fp32_wrapper=False)
-        vars(self.model).pop("forward", None)  # it leaves the class's own one on the instance
 
     def measured_step(self, index: int, stage: Stage, step: int, total: int) -> None:
         """A step and its line in the log, and where its time went if that is to be told. Which steps these
@@ -223,8 +245,9 @@ class Trainer:
     ) -> tuple[Tensor, int, list[Batch]]:
         """One optimizer step: the mean loss over its labelled tokens, how many tokens were read by all
         processes, and this one's batches."""
-        accelerator, optimizer = self.accelerator, self.optimizer
+        accelerator, optimizer, forward = self.accelerator, self.optimizer, self.forward
         assert optimizer is not None
+        assert forward is not None
         seed_everything(self.recipe.seed, total, accelerator.process_index)
         with profile.part("data"):
             # This process's share of the step's samples.
@@ -240,8 +263,8 @@ class Trainer:
         loss = torch.zeros((), device=accelerator.device)
         moe_stats = []
         for batch, count in zip(batches, labelled, strict=True):
-            with accelerator.accumulate(self.forward):
-                output = self.forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
+            with accelerator.accumulate(forward):
+                output = forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
                 # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
                 # are averaged over processes.
                 share = count * accelerator.num_processes / max(1, all_labelled)
@@ -269,7 +292,7 @@ class Trainer:
         """Held-out data on the way: the best model is kept beside the others, and chosen for nothing."""
         if self.run.main:
             with self.accelerator.autocast():
-                look = held_out.look(self.model)
+                look = held_out.look(self.model, self.processor)
             if look.beats(self.best):
                 save_model(self.run.best, self.model, self.processor, {"step": step, look.metric: look.value})
                 self.best = look
@@ -277,13 +300,23 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
 
+def stage_processors(recipe: Recipe) -> list[Processor]:
+    """The processor of each stage, for dialogues: one and the same as long as images keep their size."""
+    processors = [recipe.processor()]
+    for model in map(recipe.model_in, recipe.stages):
+        of_last = processors[-1]
+        processors.append(of_last.changed(image=model.image, tokens_per_image=model.tokens_per_image))
+    return processors[1:]
+
+
 def open_sources(
     recipe: Recipe,
-    processor: Processor,
+    processors: Sequence[Processor],
     processes: int = 1,
     tell: Callable[[str], None] = tell,
+    cache: Path | None = None,
 ) -> tuple[list[SampleSource], list[StagePlan]]:
-    """The data of every stage, and how much there is to do.
+    """The data of every stage, in its form, and how much there is to do.
 
     Raises:
         ValueError: data that cannot be read, epochs of data without end, or a batch that so many processes
@@ -291,7 +324,7 @@ def open_sources(
     """
     sources: list[SampleSource] = []
     plan: list[StagePlan] = []
-    for name, stage in recipe.stages.items():
+    for (name, stage), processor in zip(recipe.stages.items(), processors, strict=True):
         if stage.batch_size % (stage.accumulation * processes):
             raise ValueError(
                 f"stage {name!r}: batch_size {stage.batch_size} is no multiple of accumulation "
@@ -302,10 +335,11 @@ def open_sources(
                 stage.data,
                 "train",
                 recipe.seed,
-                processor,
+                processor.changed(form=stage.form),
                 batch_size=stage.batch_size,
                 first_step=sum(earlier.steps for earlier in plan),
                 tell=tell,
+                cache=cache,
             )
             plan.append(StagePlan(name, stage.count_steps(source.epoch_size), stage.batch_size))
         except ValueError as error:

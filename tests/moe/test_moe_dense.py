@@ -109,6 +109,16 @@ def test_copies_are_exact_and_each_learns_for_itself() -> None:
     assert all(p.requires_grad for p in layer.parameters())
 
 
+def test_of_an_mlp_without_memory_nothing_is_drawn() -> None:
+    with torch.device("meta"):
+        mlp = SwiGLU(H, I)
+    state = torch.get_rng_state()
+    layer = MoE.from_dense(mlp, 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+    assert layer.gate_up_proj.shape == (4, 2 * I, H)
+
+
 def test_the_activation_can_be_named() -> None:
     layer = MoE.from_dense(Gated(nn.Hardswish(), bias=False), 2, activation="silu")
     assert layer.activation == "silu"

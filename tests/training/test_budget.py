@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from models.tiny_vlm import IMAGE_ID, batch, pictures, tiny_config, tiny_vlm, tokens
@@ -328,3 +329,38 @@ def test_a_rate_is_a_number_above_zero(capsys):
     with pytest.raises(SystemExit):
         main(["budget", "demo", "--flops-per-second", "fast"])
     assert "expected a number above 0, got 'fast'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(480, 640), (100, 300), (64, 64), (31, 90)])
+def test_tiled_images_are_counted_by_their_size(size):
+    recipe = load_recipe("llava-1.6", "tiny")
+    processor = recipe.processor()
+    picture = np.zeros((*size, 3), dtype=np.uint8)
+    sample = processor.encode([{"role": "user", "content": [{"type": "image", "image": picture}]}])
+    real = Workload.of_batch(recipe.model, processor.collate([sample]))
+    assumed = Workload.of_shape(recipe.model, 2, 200, 1, size)
+    assert assumed.image_tokens == 2 * real.image_tokens
+    assert assumed.images == 2 * real.images
+    budget = make_budget(recipe, rate=1e12, image_size=size)
+    assert (budget.tokens_per_image, budget.maps_per_image) == (real.image_tokens, real.images)
+    assert budget.length == real.image_tokens + 1 + 128
+    costs = StepCosts(recipe.model)
+    assert budget.forward["vision.clip"].forward == costs.of(real)["vision.clip"].forward
+
+
+def test_the_assumed_size_is_told_and_reaches_stages_of_files(capsys):
+    few_layers = ["model.language.num_layers=1", "model.vision_towers.0.encoder.num_hidden_layers=2"]
+    settings = [argument for setting in few_layers for argument in ("--set", setting)]
+    assert main(["budget", "llava-1.6", "--flops-per-second", "1e15", *settings]) == 0
+    head = capsys.readouterr().out.splitlines()[1]
+    assert "taken to be 480 pixels high and 640 wide, which makes 5 maps of it" in head
+    recipe = load_recipe("llava-1.6", settings=few_layers)
+    small, large = (make_budget(recipe, rate=1e15, image_size=size) for size in ((336, 1008), (672, 672)))
+    assert (small.maps_per_image, large.maps_per_image) == (4, 5)
+    assert small.stages[0].images == 256 * 4
+    assert small.stages[0].tokens < large.stages[0].tokens
+    assert main(["budget", "llava-1.5", "--tiny", "--image-size", "480x640"]) == 2
+    assert "every image is made 32 by 32 pixels" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["budget", "llava-1.6", "--image-size", "480"])
+    assert "such as 480x640, got '480'" in capsys.readouterr().err

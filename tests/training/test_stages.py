@@ -44,33 +44,41 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in lines_of(folder) if "loss" in line]
 
 
-# Before the checkpoint at the border, at it, and within the stage of another architecture.
-@pytest.mark.parametrize("killed", [4, 5, 6, 7, 9])
-def test_a_stage_with_other_experts_survives_resuming(tmp_path, small_recipe, killed):
+@pytest.fixture(scope="module")
+def upcycled(small_recipe, tmp_path_factory):
+    """A recipe whose second stage makes experts, and the losses and the model of an uninterrupted run."""
     recipe = small_recipe(
         model={"language": {"moe": None}},
         stages={"two": {"upcycle": EXPERTS, "train": ["moe"]}},
         evaluation={"every": 0},
         trackers=[],
     )
-    whole = train(recipe, tmp_path / "whole", progress=False).model
-    assert whole.config.language.moe is not None
+    folder = tmp_path_factory.mktemp("whole")
+    model = train(recipe, folder, progress=False).model
+    assert model.config.language.moe is not None
+    return recipe, losses(folder), model
+
+
+# Before the checkpoint at the border, at it, and within the stage of another architecture.
+@pytest.mark.parametrize("killed", [4, 5, 6, 7, 9])
+def test_a_stage_with_other_experts_survives_resuming(tmp_path, upcycled, killed):
+    recipe, expected, whole = upcycled
     with pytest.raises(Killed):
-        train(recipe, tmp_path / "cut", progress=False, after_step=kill_at(killed))
-    saved = json.loads((tmp_path / "cut" / "checkpoint" / "config.json").read_text())
+        train(recipe, tmp_path, progress=False, after_step=kill_at(killed))
+    saved = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
     assert (saved["language"]["moe"] is not None) == (killed >= 6)
-    again = train(recipe, tmp_path / "cut", progress=False).model
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    again = train(recipe, tmp_path, progress=False).model
+    assert losses(tmp_path) == expected
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
-    VLM.from_pretrained(tmp_path / "cut" / "model")
+    VLM.from_pretrained(tmp_path / "model")
 
 
 def test_models_of_stages_and_the_best_are_kept_beside_the_final_one(tmp_path, small_recipe, monkeypatch):
     found = iter([0.5, 0.75, 0.75])
     seen = []
 
-    def look(held_out, model):
+    def look(held_out, model, processor):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return Look("held_out_accuracy", next(found))
 
