@@ -32,6 +32,7 @@ class ModelCase:
     learned: int = 64
     layers: int = 4
     vision_layers: int = 2
+    words: int = 32_000
 
     @property
     def name(self) -> str:
@@ -42,13 +43,13 @@ class ModelCase:
         return self.images * self.side**2 + self.text
 
     def reduced(self) -> "ModelCase":
-        return ModelCase(self.family, self.phase, 2, 4, 12, 6, 2, 1)
+        return ModelCase(self.family, self.phase, 2, 4, 12, 6, 2, 1, 512)
 
     def config(self) -> Any:
         import transformers as hf
 
         pixels = {"image_size": 14 * self.side, "patch_size": 14, "num_hidden_layers": self.vision_layers}
-        common = {"vocab_size": 32_000, "num_hidden_layers": self.layers, "max_position_embeddings": 8192}
+        common = {"vocab_size": self.words, "num_hidden_layers": self.layers, "max_position_embeddings": 8192}
         if self.family == "gemma3":  # Gemma 3 1B, and SigLIP's So400m as its encoder
             text = hf.Gemma3TextConfig(
                 hidden_size=1152,
@@ -101,7 +102,7 @@ class ModelCase:
             text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, vision_feature_layer=-1
         )
 
-    def model(self, dtype: torch.dtype, attention: str, experts: str) -> nn.Module:
+    def model(self, dtype: torch.dtype, attention: str, experts: str | None = None) -> nn.Module:
         import transformers as hf
 
         config = self.config()
@@ -116,11 +117,11 @@ class ModelCase:
 
     def batch(self, dtype: torch.dtype) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(1)
-        prompt = torch.randint(4, 32_000, (self.text - self.learned,), generator=random)
-        answer = torch.randint(4, 32_000, (self.learned,), generator=random)
+        prompt = torch.randint(4, self.words, (self.text - self.learned,), generator=random)
+        answer = torch.randint(4, self.words, (self.learned,), generator=random)
         pictures = torch.full((self.images * self.side**2,), IMAGE_TOKEN)
         if self.family == "gemma3":  # Gemma 3 takes neighbouring images for one block: a word stands between
-            words = torch.randint(4, 32_000, (self.images,), generator=random)
+            words = torch.randint(4, self.words, (self.images,), generator=random)
             runs = [part for word in words for part in (pictures[: self.side**2], word[None])]
             pictures, prompt = torch.cat(runs), prompt[self.images :]
         ids = torch.cat([pictures, prompt, answer])[None]
@@ -139,8 +140,8 @@ CASES = [ModelCase(family, phase) for family in FAMILIES for phase in (PREFILL, 
 
 
 def workload(case: ModelCase, device: torch.device, dtype: torch.dtype) -> Workload:
-    model = case.model(dtype, "sdpa", "grouped_mm").to(device)
-    parameters = tuple(p.detach() for p in model.parameters())
+    model = case.model(dtype, "sdpa").to(device)
+    parameters = tuple(p.detach() for _, p in _used(model))
     training = case.phase == STEP
     flops = _flops(case, model)
     nbytes = sum(p.nbytes for p in parameters)
@@ -156,6 +157,12 @@ def workload(case: ModelCase, device: torch.device, dtype: torch.dtype) -> Workl
         terms=(0.0,) * (len(parameters) + 1),
         payload=case,
     )
+
+
+def _used(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that reach the result: LLaVA reads CLIP before its last norm."""
+    unread = "post_layernorm" if model.config.model_type == "llava" else None
+    return [(name, p) for name, p in model.named_parameters() if unread is None or unread not in name]
 
 
 def _flops(case: ModelCase, model: nn.Module) -> int:
@@ -195,7 +202,7 @@ def workloads(
 
 
 def _provider(
-    attention: str, experts: str, finish: Callable[[nn.Module], nn.Module], work: Workload
+    attention: str, experts: str | None, finish: Callable[[nn.Module], nn.Module], work: Workload
 ) -> Function:
     """Runs the case on a model of the parameters' dtype, made at its first call; they are its own."""
     case: ModelCase = work.payload
@@ -216,8 +223,7 @@ def _bound(
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in case.batch(dtype).items()}
     owners = [
-        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-        for name, _ in model.named_parameters()
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in _used(model)
     ]
     tied = model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings
     finished = finish(model)
@@ -244,12 +250,11 @@ def _bound(
             with torch.no_grad():
                 kept.append(model(**batch, use_cache=True).past_key_values)
         (cache,) = kept
-        length = cache.get_seq_length()
-        mask = torch.ones(1, length + 1, dtype=torch.long, device=device)
+        mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=device)
         token = torch.full((1, 1), 7, device=device)
         out = finished(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits[0]
         if case.family != "gemma3":  # its sliding layers cannot be cut; one token more is nothing to it
-            cache.crop(length)
+            cache.crop(-1)
         return out
 
     def step(parameters: tuple[Tensor, ...]) -> Tensor:
@@ -276,18 +281,18 @@ def _same(model: nn.Module) -> nn.Module:
     return model
 
 
-_eager = partial(_provider, "eager", "eager", _same)
+_defaults = partial(_provider, "sdpa", None, _same)  # transformers' own: SDPA and, for experts, grouped_mm
 
 OPERATION = Operation(
     name="models",
     workloads=workloads,
     case_names=tuple(case.name for case in CASES),
     providers=(
-        Provider("pyvlm", partial(_provider, "sdpa", "grouped_mm", _accelerated)),
-        Provider("sdpa", partial(_provider, "sdpa", "grouped_mm", _same)),  # transformers' own defaults
-        Provider("eager", _eager),
-        Provider("compile", partial(_provider, "sdpa", "grouped_mm", _compiled)),
+        Provider("pyvlm", partial(_provider, "sdpa", None, _accelerated)),
+        Provider("sdpa", _defaults),
+        Provider("eager", partial(_provider, "eager", "eager", _same)),
+        Provider("compile", partial(_provider, "sdpa", None, _compiled)),
     ),
-    reference=_eager,
-    plain=_eager,
+    reference=partial(_provider, "sdpa", "eager", _same),  # grouped_mm knows no float64
+    plain=_defaults,
 )

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -107,9 +108,12 @@ class TestEndToEnd:
             ("grids", ["eagle"], 2),
             ("loss", ["answers", "odd-rows"], 4),
             ("fusion", ["comm-clip-l"], 2),
+            ("models", ["moe-training-step"], 1),
         ],
     )
-    def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path):
+    def test_quick_run_of_the_other_families(self, op, cases, passes, tmp_path, monkeypatch):
+        # Traced, not compiled: the C++ compiler would take most of the test's time.
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
         path = tmp_path / "b.json"
         arguments = ["--op", op, "--quick", "--dtype", "fp32", "--case", *cases]
         assert main([*arguments, "--json", str(path), "--png", str(tmp_path / "b.png")]) == 0
