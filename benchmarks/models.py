@@ -33,6 +33,7 @@ class ModelCase:
     layers: int = 4
     vision_layers: int = 2
     words: int = 32_000
+    narrower: int = 1  # divides all widths
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class ModelCase:
         return self.images * self.side**2 + self.text
 
     def reduced(self) -> "ModelCase":
-        return ModelCase(self.family, self.phase, 2, 4, 12, 6, 2, 1, 512)
+        return ModelCase(self.family, self.phase, 2, 4, 12, 6, 2, 1, 512, 8)
 
     def config(self) -> Any:
         import transformers as hf
@@ -52,8 +53,8 @@ class ModelCase:
         common = {"vocab_size": self.words, "num_hidden_layers": self.layers, "max_position_embeddings": 8192}
         if self.family == "gemma3":  # Gemma 3 1B, and SigLIP's So400m as its encoder
             text = hf.Gemma3TextConfig(
-                hidden_size=1152,
-                intermediate_size=6912,
+                hidden_size=1152 // self.narrower,
+                intermediate_size=6912 // self.narrower,
                 num_attention_heads=4,
                 num_key_value_heads=1,
                 head_dim=256,
@@ -62,8 +63,8 @@ class ModelCase:
                 **common,
             )
             vision = hf.SiglipVisionConfig(
-                hidden_size=1152,
-                intermediate_size=4304,
+                hidden_size=1152 // self.narrower,
+                intermediate_size=4304 // self.narrower,
                 num_attention_heads=16,
                 vision_use_head=False,
                 **pixels,
@@ -76,9 +77,9 @@ class ModelCase:
             )
         if self.family == "moe":  # MoE-LLaVA's four experts of which two take a token, at the width of 0.5B
             text = hf.Qwen3MoeConfig(
-                hidden_size=1024,
-                intermediate_size=2816,
-                moe_intermediate_size=2816,
+                hidden_size=1024 // self.narrower,
+                intermediate_size=2816 // self.narrower,
+                moe_intermediate_size=2816 // self.narrower,
                 num_experts=4,
                 num_experts_per_tok=2,
                 norm_topk_prob=True,
@@ -89,14 +90,18 @@ class ModelCase:
             )
         else:  # Qwen2 0.5B
             text = hf.Qwen2Config(
-                hidden_size=896,
-                intermediate_size=4864,
+                hidden_size=896 // self.narrower,
+                intermediate_size=4864 // self.narrower,
                 num_attention_heads=14,
                 num_key_value_heads=2,
                 **common,
             )
         vision = hf.CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=768, **pixels
+            hidden_size=1024 // self.narrower,
+            intermediate_size=4096 // self.narrower,
+            num_attention_heads=16,
+            projection_dim=768,
+            **pixels,
         )
         return hf.LlavaConfig(
             text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, vision_feature_layer=-1
