@@ -5,7 +5,6 @@ whole model. One row with four images of 576 tokens and 128 tokens of text, of w
 The inputs of every provider are the parameters themselves, so that training gives the gradient of each.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -187,11 +186,8 @@ def _flops(case: ModelCase, model: nn.Module) -> int:
             rows = patches if "vision" in name or "projector" in name else tokens
         total += int(2 * share * rows * parameter.numel())
     pairs = case.tokens if decoding else case.tokens * (case.tokens + 1) // 2
-    total += (
-        case.layers * 4 * pairs * config.num_attention_heads * config.head_dim
-        if hasattr(config, "head_dim")
-        else case.layers * 4 * pairs * config.hidden_size
-    )
+    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    total += case.layers * 4 * pairs * config.num_attention_heads * width
     if not decoding:
         total += case.vision_layers * 4 * case.images * case.side**4 * model.config.vision_config.hidden_size
     return total
@@ -278,7 +274,6 @@ def _accelerated(model: nn.Module) -> nn.Module:
 
 def _compiled(model: nn.Module) -> nn.Module:
     torch.compiler.reset()
-    warnings.filterwarnings("ignore", module="torch._inductor")
     return torch.compile(model)
 
 

@@ -20,6 +20,17 @@ from pyvlm.integrations.transformers.lazy_logits import LazyLogits
 from pyvlm.integrations.transformers.loss import apply
 
 STEPS = 20
+OPTIONS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-3,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 0,
+    "save_strategy": "no",
+}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16 autocast": {"bf16": True},
@@ -50,19 +61,7 @@ class Watching(Trainer):
 
 
 def train(model: PreTrainedModel, folder: Path, **options: Any) -> Watching:
-    arguments = TrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        logging_steps=1,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-        save_strategy="no",
-        **options,
-    )
+    arguments = TrainingArguments(str(folder), **OPTIONS, **options)
     trainer = Watching(model, arguments, train_dataset=examples(16), eval_dataset=examples(4))
     trainer.computed = set()
     trainer.train()
@@ -128,19 +127,7 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         model = build("llama")
         if name == "ours":
             apply(model)
-        arguments = trl.SFTConfig(
-            str(tmp_path / name),
-            max_steps=STEPS,
-            logging_steps=1,
-            per_device_train_batch_size=2,
-            learning_rate=1e-3,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            save_strategy="no",
-            gradient_checkpointing=False,
-        )
+        arguments = trl.SFTConfig(str(tmp_path / name), bf16=False, gradient_checkpointing=False, **OPTIONS)
         data = datasets.Dataset.from_list(rows)
         trainer = trl.SFTTrainer(
             model, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
@@ -176,15 +163,7 @@ def test_a_trainer_that_reads_the_logits_for_its_metrics(tmp_path: Path) -> None
         model = build("llama")
         if name == "ours":
             apply(model)
-        arguments = TrainingArguments(
-            str(tmp_path / name),
-            max_steps=STEPS,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-        )
+        arguments = TrainingArguments(str(tmp_path / name), **OPTIONS | {"learning_rate": 1e-2})
         trainer = Accuracy(model, arguments, train_dataset=examples(8))
         trainer.accuracies = []
         trainer.train()

@@ -57,14 +57,16 @@ def accelerate(
             f"model is a {type(model).__name__}; expected a torch.nn.Module, as from_pretrained gives"
         )
     restore(model)
-    changes = [] if attention_rule is None else rules.apply(model, attention_rule)
-    changes += attention.apply(model)
-    changes += experts.apply(model)
-    changes += losses.apply(model)
-    changes += connectors.apply(model)
-    if linear:
-        changes += linear_layers.apply(model)
-    _changes[model] = changes
+    changes = _changes.setdefault(model, [])
+    try:
+        if attention_rule is not None:
+            changes += rules.apply(model, attention_rule)
+        # The loss wants a plain head, so it comes before the linear layers.
+        for part in (attention, experts, losses, connectors, *([linear_layers] if linear else [])):
+            changes += part.apply(model)
+    except BaseException:  # an interrupted measurement of linear layers too: a model is changed whole or not
+        restore(model)
+        raise
     made = Report(type(model).__name__, changes)
     if report:
         print(made)

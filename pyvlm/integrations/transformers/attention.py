@@ -69,20 +69,24 @@ SUPPORTED = frozenset(
 PACKED = frozenset({"qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "qwen3_vl_moe_vision"})
 
 
-RULE_NAMES = {f"{NAME}_{rule}": rule for rule in RULES}
-
-
 def rule_name(rule: str) -> str:
     """The name of the attention implementation that computes a rule."""
     return f"{NAME}_{rule}"
 
 
+def _spans_of_one_token(rule: str) -> AttentionSpans:
+    one = torch.ones(1, 1, dtype=torch.uint8)
+    return TokenLayout(one, prefix=one.bool()).spans(rule)
+
+
+# By the name of an implementation: what is the same in all spans of its rule.
+RULES_BY_NAME = {rule_name(rule): _spans_of_one_token(rule) for rule in RULES}
+
+
 def register() -> None:
     """Makes pyvlm's attention known to transformers, and its mask: without one it would silently be None."""
-    names: dict[str, Callable[..., Any]] = {NAME: _attention, PACKED_NAME: _attention}
-    names |= {name: _rule_attention(rule) for name, rule in RULE_NAMES.items()}
-    for name, function in names.items():
-        AttentionInterface.register(name, function)
+    for name in (NAME, PACKED_NAME, *RULES_BY_NAME):
+        AttentionInterface.register(name, _attention)
         AttentionMaskInterface.register(name, spans_mask)
 
 
@@ -93,7 +97,7 @@ def apply(model: nn.Module) -> list[Change]:
         if not isinstance(module, PreTrainedModel) or id(module.config) in seen:
             continue
         seen.add(id(module.config))
-        if not _has_attention_of_its_own(module) or module.config._attn_implementation in RULE_NAMES:
+        if not _has_attention_of_its_own(module) or module.config._attn_implementation in RULES_BY_NAME:
             continue
         reason = _why_not(module)
         if reason is not None:
@@ -152,53 +156,29 @@ def _attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function "pyvlm": query [B, H, Q, D], key and value [B, G, K, D] → [B, Q, H, D], None."""
+    """The attention function: query [B, H, Q, D], key and value [B, G, K, D] → [B, Q, H, D], None."""
     _refuse(module, key, value, dropout, kwargs)
-    if cu_seq_lens_q is not None and attention_mask is None:
-        spans = _kept(cu_seq_lens_q, lambda: sequence_spans(cu_seq_lens_q, query.shape[2]))
-    elif attention_mask is not None:
-        spans = _spans_of(attention_mask, query, key)
-    elif getattr(module.config, "_attn_implementation", None) == PACKED_NAME:
+    queries, keys = query.shape[2], key.shape[2]
+    name: str = module.config._attn_implementation  # type: ignore[union-attr,assignment]
+    if attention_mask is not None:
+        rule = RULES_BY_NAME.get(name)
+        spans = _kept(attention_mask, queries, keys, lambda: _spans_of(attention_mask, queries, keys, rule))
+    elif name in RULES_BY_NAME:
+        raise ValueError(
+            f'{type(module).__name__} runs on "{name}" without a mask of this rule: set the rule with '
+            "pyvlm.accelerate(model, attention_rule=...)"
+        )
+    elif cu_seq_lens_q is not None:
+        spans = _kept(cu_seq_lens_q, queries, keys, lambda: sequence_spans(cu_seq_lens_q, queries))
+    elif name == PACKED_NAME:
         # Older Pixtral says by position ids alone where an image ends.
         raise ValueError(
             f'{type(module).__name__} runs on "{PACKED_NAME}" and gives no cu_seq_lens_q: use "{NAME}" for it'
         )
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        causal = causal and query.shape[2] > 1
-        spans = _plain_spans(query.shape[0], query.shape[2], key.shape[2], causal, query.device)
+        spans = _plain_spans(query.shape[0], queries, keys, causal and queries > 1, query.device)
     return _attend(query, key, value, spans, scaling, softcap, s_aux)
-
-
-def _rule_attention(rule: str) -> Callable[..., Any]:
-    """The attention function of a rule: the mask is what `rules.py` packed for it."""
-    one = torch.ones(1, 1, dtype=torch.uint8)
-    facts = TokenLayout(one, prefix=one.bool()).spans(rule)
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        _refuse(module, key, value, dropout, kwargs)
-        if attention_mask is None:
-            raise ValueError(
-                f'{type(module).__name__} runs on "{rule_name(rule)}" without a mask of this rule: set '
-                f'the rule with pyvlm.accelerate(model, attention_rule="{rule}")'
-            )
-        make = lambda: unpack_spans(  # noqa: E731
-            attention_mask, query.shape[2], key.shape[2], facts.range_classes, facts.separate
-        )
-        return _attend(query, key, value, _kept(attention_mask, make), scaling, softcap, s_aux)
-
-    return attention
 
 
 def _attend(
@@ -240,23 +220,32 @@ def _refuse(module: nn.Module, key: Tensor, value: Tensor, dropout: float, kwarg
         )
 
 
-def _spans_of(mask: Tensor, query: Tensor, key: Tensor) -> AttentionSpans:
-    queries, keys = query.shape[2], key.shape[2]
+def _spans_of(mask: Tensor, queries: int, keys: int, rule: AttentionSpans | None) -> AttentionSpans:
+    """The spans of a mask: of pyvlm's own, which for a rule is what `rules.py` packed, or of a dense one."""
+    if rule is not None:
+        return unpack_spans(mask, queries, keys, rule.range_classes, rule.separate)
     if mask.dtype == torch.int32:
-        return _kept(mask, lambda: unpack_spans(mask, queries, keys))
+        return unpack_spans(mask, queries, keys)
     if mask.dim() != 4 or mask.shape[2] != queries or mask.shape[3] < keys:
         raise ValueError(f"the attention mask is {list(mask.shape)}; expected [batch, 1, {queries}, {keys}]")
-    return _kept(mask, lambda: dense_spans(mask[..., :keys]))
+    return dense_spans(mask[..., :keys])
 
 
-def _kept(tensor: Tensor, make: Callable[[], AttentionSpans]) -> AttentionSpans:
-    """The spans of a mask, unpacked in the first layer and kept with the tensor for all others."""
-    if torch.compiler.is_compiling():
+def _kept(tensor: Tensor, queries: int, keys: int, make: Callable[[], AttentionSpans]) -> AttentionSpans:
+    """The spans of a mask, made in the first layer and kept with the tensor for all others.
+
+    They are made anew once the tensor was written to, which a mask of the caller's own may be between two
+    steps. In inference mode nothing tells, so that only integers are kept: those are made for one forward.
+    """
+    of_integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    if torch.compiler.is_compiling() or (tensor.is_inference() and not of_integers):
         return make()
-    spans = getattr(tensor, "pyvlm_spans", None)
-    if spans is None:
-        spans = make()
-        tensor.pyvlm_spans = spans  # type: ignore[attr-defined]
+    key = (None if tensor.is_inference() else tensor._version, queries, keys)
+    kept = getattr(tensor, "pyvlm_spans", None)
+    if kept is None or kept[0] != key:
+        kept = (key, make())
+        tensor.pyvlm_spans = kept  # type: ignore[attr-defined]
+    spans: AttentionSpans = kept[1]
     return spans
 
 
