@@ -16,8 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+import pyvlm
 from pyvlm.integrations.transformers.lazy_logits import LazyLogits
-from pyvlm.integrations.transformers.loss import apply
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {
@@ -76,7 +76,8 @@ def losses(trainer: Trainer) -> list[float]:
 def test_trainer(case: str, tmp_path: Path) -> None:
     plain = train(build("llama, tied"), tmp_path / "plain", **CASES[case])
     model = build("llama, tied")
-    assert apply(model)[0].kernel is not None
+    served = {change.part for change in pyvlm.accelerate(model).changes if change.kernel is not None}
+    assert served == {"attention", "loss"}
     ours = train(model, tmp_path / "ours", **CASES[case])
     assert plain.computed == {True}
     # LabelSmoother takes the labels away and reads the logits.
@@ -126,7 +127,7 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     for name in ("plain", "ours"):
         model = build("llama")
         if name == "ours":
-            apply(model)
+            pyvlm.accelerate(model)
         arguments = trl.SFTConfig(str(tmp_path / name), bf16=False, gradient_checkpointing=False, **OPTIONS)
         data = datasets.Dataset.from_list(rows)
         trainer = trl.SFTTrainer(
@@ -162,7 +163,7 @@ def test_a_trainer_that_reads_the_logits_for_its_metrics(tmp_path: Path) -> None
     for name in ("plain", "ours"):
         model = build("llama")
         if name == "ours":
-            apply(model)
+            pyvlm.accelerate(model)
         arguments = TrainingArguments(str(tmp_path / name), **OPTIONS | {"learning_rate": 1e-2})
         trainer = Accuracy(model, arguments, train_dataset=examples(8))
         trainer.accuracies = []
