@@ -94,6 +94,7 @@ class StageBudget:
 
     Attributes:
         data: what its batches are.
+        steps: None where the stage counts epochs of data whose size the recipe does not know.
         tokens, images: of a step, padding included.
         hours: at the given rate; price: of these hours, None where none is given.
     """
@@ -102,25 +103,27 @@ class StageBudget:
     data: str
     train: list[str]
     trainable: int
-    steps: int
+    steps: int | None
     tokens: int
     images: int
     step: dict[str, Cost]
     activations: Activations
     memory: list[Memory]
-    hours: float
+    hours: float | None
     price: float | None
 
     @property
-    def flops(self) -> int:
-        return self.steps * total(self.step.values()).total
+    def flops(self) -> int | None:
+        """Of all steps."""
+        return None if self.steps is None else self.steps * total(self.step.values()).total
 
 
 @dataclass(frozen=True)
 class Budget:
-    """All of `pyvlm budget`.
+    """All of `pyvlm budget`; what is not of a stage is of the model that the last one leaves.
 
     Attributes:
+        changes: whether stages make another model of it, as experts of its MLPs.
         image_size: (height, width) that images are taken to have; None without tiling, where it is no matter.
         maps_per_image: what the vision towers see of an image: with tiling its base view and its tiles.
         forward: by part, of the batch named by `batch`, `length` and `images` (of each row).
@@ -130,6 +133,7 @@ class Budget:
 
     name: str
     precision: str
+    changes: bool
     batch: int
     length: int
     images: int
@@ -159,7 +163,7 @@ def make_budget(
     price_per_hour: float | None = None,
     image_size: Pair | None = None,
 ) -> Budget:
-    """The budget of a recipe.
+    """The budget of a recipe: of the model that its last stage leaves, and of each stage.
 
     Args:
         batch, length, images: rows, tokens a row and images a row of the batch whose forward pass is shown;
@@ -173,7 +177,8 @@ def make_budget(
         ValueError: an image size without tiling, the images do not fit into the rows, or a stage trains a
             part that the model lacks.
     """
-    config, size = recipe.model, BYTES[recipe.precision]
+    models, size = stage_models(recipe), BYTES[recipe.precision]
+    config = models[-1]
     if image_size is not None and config.tiling is None:
         side = config.image.size
         raise ValueError(
@@ -191,7 +196,7 @@ def make_budget(
             f"torch.mm in {recipe.precision}, measured here",
         )
     stages = []
-    for name, model in zip(recipe.stages, stage_models(recipe), strict=True):
+    for name, model in zip(recipe.stages, models, strict=True):
         steps, data = stage_workloads(recipe, name, shape, seen)
         stages.append(_budget_stage(recipe, model, name, steps, data, rate, price_per_hour))
     costs = StepCosts(config)
@@ -200,6 +205,7 @@ def make_budget(
     return Budget(
         recipe.name,
         recipe.precision,
+        config != recipe.model,
         batch,
         length,
         images,
@@ -356,7 +362,8 @@ def _budget_stage(
     stage, size = recipe.stages[name], BYTES[recipe.precision]
     costs = StepCosts(model, stage.train)
     step = step_cost(costs, steps)
-    hours = stage.count_steps() * total(step.values()).total / rate / 3600
+    count = None if stage.steps is None and stage.samples is None else stage.count_steps()
+    hours = None if count is None else count * total(step.values()).total / rate / 3600
     parameters = list(costs.model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     largest = max((batch for batches in steps for batch in batches), key=lambda batch: batch.tokens)
@@ -365,14 +372,14 @@ def _budget_stage(
         data,
         list(stage.train),
         trainable,
-        stage.count_steps(),
+        count,
         sum(batch.tokens for batches in steps for batch in batches) // len(steps),
         sum(batch.images for batches in steps for batch in batches) // len(steps),
         step,
         count_activations(costs, largest, size),
         count_memory(sum(p.numel() for p in parameters), trainable),
         hours,
-        None if price_per_hour is None else hours * price_per_hour,
+        None if hours is None or price_per_hour is None else hours * price_per_hour,
     )
 
 

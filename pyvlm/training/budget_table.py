@@ -1,6 +1,6 @@
 """A budget as text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pyvlm.training.budget import BYTES, Budget
 from pyvlm.training.flops import VISION_SIDE, total
@@ -28,6 +28,8 @@ def format_budget(budget: Budget) -> str:
         f"{budget.batch} x {budget.length:,} tokens with {budget.images} images each, "
         f"{budget.tokens_per_image:,} tokens an image"
     )
+    if budget.changes:
+        head += "\nthe model as the last stage leaves it"
     if budget.image_size is not None:
         height, width = budget.image_size
         head += (
@@ -124,23 +126,33 @@ def _stages(budget: Budget) -> str:
         rows.append((f"weights and optimizer, {precision}", *memory))
     rows.append(("activations", *(human(stage.activations.plain) + "B" for stage in budget.stages)))
     rows.append(("  checkpointed", *(human(stage.activations.checkpointed) + "B" for stage in budget.stages)))
-    rows.append(("steps", *(f"{stage.steps:,}" for stage in budget.stages)))
-    rows.append(("FLOPs", *(human(stage.flops) for stage in budget.stages)))
-    rows.append(("hours", *(f"{stage.hours:.3g}" for stage in budget.stages)))
-    if any(stage.price is not None for stage in budget.stages):
-        rows.append(("price", *(f"{stage.price:,.2f}" for stage in budget.stages)))
-    flops, hours = sum(stage.flops for stage in budget.stages), sum(stage.hours for stage in budget.stages)
-    prices = [stage.price for stage in budget.stages if stage.price is not None]
-    price = f", price {sum(prices):,.2f}" if prices else ""
+    rows.append(("steps", *("?" if stage.steps is None else f"{stage.steps:,}" for stage in budget.stages)))
+    rows.append(("FLOPs", *("?" if stage.flops is None else human(stage.flops) for stage in budget.stages)))
+    rows.append(("hours", *("?" if stage.hours is None else f"{stage.hours:.3g}" for stage in budget.stages)))
+    prices = [stage.price for stage in budget.stages]
+    if any(price is not None for price in prices):
+        rows.append(("price", *("?" if price is None else f"{price:,.2f}" for price in prices)))
     data = "; ".join(dict.fromkeys(stage.data for stage in budget.stages))
-    return "\n".join(
-        [
-            align(rows),
-            f"stages reckoned with {data}",
-            f"all stages: {human(flops)}FLOPs, {hours:.3g} hours at {human(budget.rate)}FLOP/s "
-            f"({budget.rate_source}){price}",
-        ]
-    )
+    return "\n".join([align(rows), f"stages reckoned with {data}", *_sums(budget)])
+
+
+def _sums(budget: Budget) -> Iterator[str]:
+    known = [stage for stage in budget.stages if stage.flops is not None]
+    if known:
+        which = "all stages" if len(known) == len(budget.stages) else "stages of known length"
+        flops, hours = sum(stage.flops or 0 for stage in known), sum(stage.hours or 0.0 for stage in known)
+        prices = [stage.price for stage in known if stage.price is not None]
+        price = f", price {sum(prices):,.2f}" if prices else ""
+        yield (
+            f"{which}: {human(flops)}FLOPs, {hours:.3g} hours at {human(budget.rate)}FLOP/s "
+            f"({budget.rate_source}){price}"
+        )
+    open_ended = [stage.name for stage in budget.stages if stage.flops is None]
+    if open_ended:
+        yield (
+            f"{', '.join(open_ended)}: epochs of data whose size the recipe does not know; give it with "
+            f"--set stages.{open_ended[0]}.samples=NUMBER"
+        )
 
 
 def align(rows: Iterable[Sequence[str]]) -> str:

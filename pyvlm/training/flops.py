@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Workload:
     def tokens(self) -> int:
         return self.layout.kind.numel()
 
-    @property
+    @cached_property
     def image_tokens(self) -> int:
         return int((self.layout.kind == IMAGE).sum())
 

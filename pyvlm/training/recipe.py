@@ -110,7 +110,7 @@ class Stage(Config):
         assert self.epochs is not None, "checked when the stage was made"
         epoch_size = self.samples if epoch_size is None else epoch_size
         if epoch_size is None:
-            raise ValueError(f"epochs {self.epochs:g}: these data have no end; give steps")
+            raise ValueError(f"epochs {self.epochs:g}: these data have no end; give steps, or samples")
         return math.ceil(self.epochs * epoch_size / self.batch_size)
 
     @model_validator(mode="after")

@@ -29,19 +29,21 @@ def card(recipe: Recipe) -> str:
 
 
 def _lines(recipe: Recipe) -> Iterator[str]:
-    counts = _count(recipe.model, ())
-    total = sum(counts.values())
+    models = stage_models(recipe)
+    first, last = _count(recipe.model, ()), _count(models[-1], ())
+    columns = [first] if first == last else [first, last]
     yield f"{recipe.name}: {recipe.summary}"
     yield f"{recipe.model.tokens_per_image} tokens an image, attention {recipe.model.language.attention_rule}"
     yield ""
-    yield f"{'part':<16}{'parameters':>16}"
-    for name, count in counts.items():
-        if count:
-            yield f"{name:<16}{count:>16,}"
-    yield f"{'all':<16}{total:>16,}"
+    yield f"{'part':<16}{'parameters':>16}" + ("" if first == last else f"{'in the end':>16}")
+    for name in last | first:
+        numbers = [counts.get(name, 0) for counts in columns]
+        if any(numbers):
+            yield f"{name:<16}" + "".join(f"{number:>16,}" for number in numbers)
+    yield f"{'all':<16}" + "".join(f"{sum(counts.values()):>16,}" for counts in columns)
     yield ""
     yield f"{'stage':<12}{'steps':>10}{'batch':>8}{'trainable':>16}{'of all':>8}  parts and learning rates"
-    for (name, stage), model in zip(recipe.stages.items(), stage_models(recipe), strict=True):
+    for (name, stage), model in zip(recipe.stages.items(), models, strict=True):
         counts = _count(model, stage.finer)
         total = sum(counts.values())
         trainable = sum(counts.get(part, 0) for part in stage.train)

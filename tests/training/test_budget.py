@@ -16,7 +16,7 @@ from pyvlm.layout import TokenLayout
 from pyvlm.models import VLMConfig
 from pyvlm.models.vlm import VLM
 from pyvlm.training.budget import make_budget
-from pyvlm.training.budget_table import align, human
+from pyvlm.training.budget_table import align, format_budget, human
 from pyvlm.training.flops import StepCosts, Workload, expected_slots, moe_layers, skeleton, total
 from pyvlm.training.recipe import load_recipe
 
@@ -209,6 +209,34 @@ def test_parameters_are_those_of_the_model(small_recipe):
     # Two of two experts for text, and one on average for a token of an image.
     assert budget.parameters["moe"].text_token == parts["moe"]
     assert budget.parameters["moe"].image_token == 16 * moe.num_experts + experts / 2
+
+
+def test_shown_is_the_model_that_the_last_stage_leaves():
+    """Experts made of MLPs on the way: all of them take memory, and a token passes some."""
+    recipe = load_recipe("moe-llava", "tiny")
+    budget = make_budget(recipe, rate=1e9)
+    assert recipe.model.language.moe is None
+    (upcycled,) = [stage.upcycle for stage in recipe.stages.values() if stage.upcycle is not None]
+    experts = budget.parameters["moe"]
+    assert upcycled.num_experts == 4
+    assert experts.total / 2 < experts.text_token < experts.total * 0.51  # two of four, and the routers
+    assert budget.total_parameters == budget.stages[-1].memory[0].weights // 4
+    assert budget.forward["experts"].forward > 0
+    assert "the model as the last stage leaves it" in format_budget(budget)
+    assert "as the last stage" not in format_budget(make_budget(load_recipe("llava-1.5", "tiny"), rate=1e9))
+
+
+def test_stages_of_unknown_length_have_costs_a_step_alone(capsys):
+    assert main(["budget", "deepspeed-visualchat", "--flops-per-second", "1e12"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^steps +\?$", printed, re.MULTILINE)
+    assert "all stages" not in printed
+    hint = "--set stages.chat.samples=1280"
+    assert hint.split("=")[0] in printed
+    assert main(["budget", "deepspeed-visualchat", "--flops-per-second", "1e12", *hint.split()]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^steps +60$", printed, re.MULTILINE)  # 6 epochs in batches of 128
+    assert "all stages" in printed
 
 
 def test_frozen_parts_take_no_gradient_and_no_moments(small_recipe):

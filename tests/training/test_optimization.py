@@ -109,7 +109,7 @@ def test_schedules(changes, expected):
 def test_epochs_are_counted_in_steps():
     stage = Stage(epochs=1.5, batch_size=4, lr=1.0)
     assert stage.count_steps(10) == 4  # 15 samples
-    with pytest.raises(ValueError, match="no end; give steps"):
+    with pytest.raises(ValueError, match="no end; give steps, or samples"):
         stage.count_steps(None)
 
 
