@@ -65,9 +65,10 @@ def _expert_choice(backend: str, work: Workload) -> Function:
     """The sum of the probabilities that each expert takes: the slots themselves are what tests compare."""
     case = work.payload
     offsets = torch.arange(case.groups + 1, device=work.device) * case.tokens
+    slots = case.groups * case.experts * min(case.capacity, case.tokens)
 
     def run(logits_TE: Tensor) -> Tensor:
-        routing = expert_choice(logits_TE, case.capacity, offsets, backend=backend)
+        routing = expert_choice(logits_TE, case.capacity, offsets, backend, slots)
         return routing.weight.view(case.experts, -1).sum(1)
 
     return run

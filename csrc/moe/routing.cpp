@@ -136,7 +136,11 @@ RoutingTensors expert_choice_cpu(const at::Tensor& logits, const std::optional<a
   }
   SlotList slots;
   PYVLM_DISPATCH_ISA(expert_choice, args, slots);
-  return finished(held, slots);
+  const RoutingTensors routing = finished(held, slots);
+  const int64_t found = slots.token.size(0);
+  TORCH_CHECK_VALUE(slots_in_all.value_or(found) == found, "num_slots is ", *slots_in_all,
+                    ", but the capacities and the groups give ", found, " slots");
+  return routing;
 }
 
 RoutingTensors token_choice_cpu(const at::Tensor& logits, int64_t top_k, std::optional<int64_t> capacity,

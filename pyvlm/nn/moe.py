@@ -224,9 +224,8 @@ class MoE(Experts):
             noisy = logits + torch.randn_like(logits) * (self.options.noise_std / share.num_experts)
         chosen = None
         if share.router == "expert_choice":
-            tokens = groups.image_offsets.diff().double()
-            capacity = (tokens * self.options.capacity_factor / share.num_experts).ceil().long()
-            routing = expert_choice(noisy, capacity, groups.image_offsets, backend=self.backend)
+            capacity, slots = groups.image_capacity(self.options, share.num_experts)
+            routing = expert_choice(noisy, capacity, groups.image_offsets, self.backend, slots)
         elif share.router == "threshold_choice":
             assert self.thresholds is not None
             thresholds = self.thresholds[share.modalities[0], share.experts]

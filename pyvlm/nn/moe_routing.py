@@ -4,6 +4,7 @@ Shape legend
     T tokens · E experts · S slots (token, expert) · B batch · L tokens a row
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -24,12 +25,14 @@ class TokenGroups(NamedTuple):
         text, image: int64, rising; padding is in neither.
         image_offsets: int64 [images + 1], where each image starts among the image rows.
         is_image: bool [T].
+        image_sizes: the tokens of each image, on the host; None in a traced graph, which has no numbers.
     """
 
     text: Tensor
     image: Tensor
     image_offsets: Tensor
     is_image: Tensor
+    image_sizes: list[int] | None = None
 
     @classmethod
     def of(cls, layout: TokenLayout) -> "TokenGroups":
@@ -37,13 +40,28 @@ class TokenGroups(NamedTuple):
         is_image = (layout.kind == IMAGE).flatten()
         is_text = (layout.kind != PADDING).flatten() & ~is_image
         text, image = is_text.nonzero()[:, 0], is_image.nonzero()[:, 0]
-        return cls(text, image, _image_offsets(layout, image), is_image)
+        offsets = _image_offsets(layout, image)
+        sizes = None if torch.compiler.is_compiling() else offsets.diff().tolist()
+        return cls(text, image, offsets, is_image, sizes)
 
     def rows(self, modalities: tuple[int, ...]) -> Tensor:
         """The rows of some modalities, rising."""
         groups = [{TEXT_ROW: self.text, IMAGE_ROW: self.image}[m] for m in modalities]
         filled = [rows for rows in groups if len(rows)] or groups[:1]
         return filled[0] if len(filled) == 1 else torch.cat(filled).sort().values
+
+    def image_capacity(self, options: RouterOptions, num_experts: int) -> tuple[Tensor, int | None]:
+        """How many tokens of each image an expert takes under expert choice, and how many slots that makes.
+
+        Returns:
+            int64 [images], and the number, which no device is asked for; None where `image_sizes` is.
+        """
+        factor = options.capacity_factor
+        capacity = (self.image_offsets.diff().double() * factor / num_experts).ceil().long()
+        if self.image_sizes is None:
+            return capacity, None
+        taken = (min(n, math.ceil(n * factor / num_experts)) for n in self.image_sizes)
+        return capacity, num_experts * sum(taken)
 
 
 def _image_offsets(layout: TokenLayout, image_rows: Tensor) -> Tensor:

@@ -116,7 +116,11 @@ class Routing:
 
 
 def expert_choice(
-    logits: Tensor, capacity: int | Tensor, group_offsets: Tensor | None = None, backend: str = "auto"
+    logits: Tensor,
+    capacity: int | Tensor,
+    group_offsets: Tensor | None = None,
+    backend: str = "auto",
+    num_slots: int | None = None,
 ) -> Routing:
     """Each expert takes the `capacity` tokens of each group that it scores highest.
 
@@ -132,21 +136,23 @@ def expert_choice(
             own.
         group_offsets: integer [G + 1], rising from 0 to T: group g is the rows from its g-th entry up to the
             next one. None: all tokens are one group.
-        backend: "auto", "reference" or "native". On a GPU the native one waits for the device where there
-            are groups, whose slots it has to count; with an int and one group it does not.
+        backend: "auto", "reference" or "native".
+        num_slots: how many slots that makes, E times the sum of min(capacity, tokens) over the groups, for
+            who knows it: a GPU is then not waited for. With an int for all tokens it is known anyway.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, a capacity below 1, offsets that do not rise from 0 to T, NaN or +inf in a
-            row of the logits, or nothing but -inf.
+        ValueError: a wrong shape, a capacity below 1, offsets that do not rise from 0 to T, a wrong num_slots
+            (on a GPU a trap of the device), NaN or +inf in a row of the logits, or nothing but -inf.
     """
     check_kind_of_logits(logits)
     num_tokens, num_experts = logits.shape
     native = resolve("expert_choice", backend, logits.device) == "native"
     if native and group_offsets is None and not isinstance(capacity, Tensor):
         check_positive_int("capacity", capacity)
-        slots = num_experts * min(capacity, num_tokens)
-        return _native_routing(torch.ops.pyvlm.expert_choice(logits, None, None, slots), num_tokens)
+        known = num_experts * min(capacity, num_tokens)
+        _expect_slots(known, num_slots)
+        return _native_routing(torch.ops.pyvlm.expert_choice(logits, None, None, known), num_tokens)
     if group_offsets is None:
         group_offsets = torch.tensor([0, num_tokens], device=logits.device)
     else:
@@ -158,15 +164,18 @@ def expert_choice(
         check_positive_int("capacity", capacity)
         capacity = group_offsets.new_full((groups,), capacity)
     if native:
-        counted = None
+        counted = num_slots
         if logits.device.type == "cuda":  # whose kernels leave it to the host how much memory they need
             capacity, group_offsets = capacity.long().contiguous(), group_offsets.long().contiguous()
-            counted = num_experts * int(capacity.minimum(group_offsets.diff()).sum())
+            if counted is None:
+                counted = num_experts * int(capacity.minimum(group_offsets.diff()).sum())
         tensors = torch.ops.pyvlm.expert_choice(logits, capacity, group_offsets, counted)
         return _native_routing(tensors, num_tokens)
     check_values_of_logits(logits)
     check_values_of_groups(capacity, group_offsets, logits)
-    return Routing(*reference.expert_choice(logits, capacity, group_offsets), num_tokens)
+    routing = Routing(*reference.expert_choice(logits, capacity, group_offsets), num_tokens)
+    _expect_slots(routing.token.shape[0], num_slots)
+    return routing
 
 
 def token_choice(
@@ -283,6 +292,11 @@ def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> 
     expert = torch.cat([routing.expert for routing, _ in parts])
     token = torch.cat([rows[routing.token] for routing, rows in parts])
     return Routing(*reference.sort_slots(expert, token, weight, num_experts, num_tokens), num_tokens)
+
+
+def _expect_slots(found: int, num_slots: int | None) -> None:
+    if num_slots is not None and found != num_slots:
+        raise ValueError(f"num_slots is {num_slots}, but the capacities and the groups give {found} slots")
 
 
 def _native_routing(tensors: tuple[Tensor, ...], num_tokens: int) -> Routing:

@@ -7,7 +7,6 @@ what is left out, says `Cost`.
 Shapes: B samples, L tokens a row, N images, H heads, G key-value heads, D head size.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -301,10 +300,9 @@ def expected_slots(options: RouterOptions, layout: TokenLayout, training: bool =
     for share in options.shares:
         tokens = len(groups.rows(share.modalities))
         if share.router == "expert_choice":
-            of_image = groups.image_offsets.diff().tolist()
-            slots[share] = share.num_experts * sum(
-                min(n, math.ceil(n * options.capacity_factor / share.num_experts)) for n in of_image
-            )
+            _, known = groups.image_capacity(options, share.num_experts)
+            assert known is not None, "the layout is no traced one"
+            slots[share] = known
             continue
         slots[share] = tokens * options.top_k
         capacity = options.token_capacity(tokens, share.num_experts, training)

@@ -68,9 +68,15 @@ def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: i
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
     experts, hidden, intermediate = 4, 64, 48
+    images = torch.tensor([0, tokens // 2, tokens], device=device)
+    slots = 2 * experts * (tokens // 6)
 
     def run(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        routing = token_choice(logits, 2) if router == "token_choice" else expert_choice(logits, tokens // 3)
+        routing = (
+            token_choice(logits, 2)
+            if router == "token_choice"
+            else expert_choice(logits, tokens // 6, images, num_slots=slots)
+        )
         return expert_mlp(x, routing, gate_up, down)
 
     leaves = (

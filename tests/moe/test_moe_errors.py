@@ -95,6 +95,12 @@ def test_logits_of_a_wrong_kind(reader: str) -> None:
         ({"group_offsets": torch.tensor([0, 5])}, ValueError, "rise from 0 to 6.* ending in 5"),
         ({"group_offsets": torch.tensor([1, 6])}, ValueError, r"rise from 0 to 6.* got \[1, 6\]"),
         ({"group_offsets": torch.tensor([0, 4, 2, 6])}, ValueError, "rise from 0 to 6"),
+        ({"num_slots": 7}, ValueError, "num_slots is 7, but the capacities and the groups give 6 slots"),
+        (
+            {"num_slots": 6, "group_offsets": torch.tensor([0, 2, 6])},
+            ValueError,
+            "num_slots is 6, but the capacities and the groups give 12 slots",
+        ),
         ({"backend": "triton"}, RuntimeError, "expert_choice has no triton implementation"),
         ({"backend": "fast"}, ValueError, "backend='fast' is unknown"),
     ],

@@ -96,7 +96,9 @@ def test_expert_choice_with_a_capacity_for_each_group(
     scores, offsets = grouped
     groups = len(offsets) - 1
     capacities = data.draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups))
-    routing = expert_choice(scores, torch.tensor(capacities), offsets, backend)
+    taken = sum(min(n, c) for n, c in zip(offsets.diff().tolist(), capacities, strict=True))
+    known = data.draw(st.sampled_from([None, taken * scores.shape[1]]))
+    routing = expert_choice(scores, torch.tensor(capacities), offsets, backend, known)
     p = probabilities(scores, backend)
     assert_is(routing, expert_choice_by_loops(p, capacities, offsets.tolist()))
 
