@@ -10,20 +10,6 @@
 namespace pyvlm {
 namespace {
 
-Activation parse_activation(std::string_view name) {
-  constexpr std::pair<std::string_view, Activation> kNames[] = {{"silu", Activation::silu},
-                                                                {"gelu", Activation::gelu},
-                                                                {"gelu_tanh", Activation::gelu_tanh},
-                                                                {"relu", Activation::relu},
-                                                                {"relu2", Activation::relu2}};
-  for (const auto& [known, activation] : kNames) {
-    if (name == known) {
-      return activation;
-    }
-  }
-  TORCH_CHECK(false, "expert_mlp: activation '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");
-}
-
 // The kernels index by these without looking again.
 void check_offsets(const char* name, const at::Tensor& offsets, int64_t count, int64_t end) {
   TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.sizes() == at::IntArrayRef({count + 1}),

@@ -12,6 +12,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "common/activation.h"
 #include "common/isa.h"
 
 namespace pyvlm {
@@ -36,8 +37,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 // Tokens of an expert up to which reading its weights takes longer than multiplying, row by row.
 inline constexpr int kMaxDecodeTokens = 8;
-
-enum class Activation { silu, gelu, gelu_tanh, relu, relu2 };
 
 // All tensors are contiguous. Sums, and what is marked so, are in acc_t: double for doubles, else float.
 struct ExpertProblem {

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/activations.h"
 #include "common/panel_gemm.h"
-#include "moe/activations.h"
+#include "moe/expert_mlp.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 

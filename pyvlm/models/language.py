@@ -19,7 +19,7 @@ from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.nn.norm import UnitOffsetRMSNorm
 from pyvlm.nn.partial_lora import ImageTokens, project
 from pyvlm.ops.moe_experts import Activation
-from pyvlm.reference.moe import ACTIVATIONS
+from pyvlm.reference.gating import ACTIVATIONS
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvlm.ops.moe_experts import Activation, soft_moe
-from pyvlm.reference.moe import ACTIVATIONS
+from pyvlm.reference.gating import ACTIVATIONS
 
 
 class DenseMLP(NamedTuple):

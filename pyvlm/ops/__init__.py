@@ -3,6 +3,7 @@
 from pyvlm.ops.attention import span_attention
 from pyvlm.ops.cross_attention import local_cross_attention, resample, resize_positions, sincos_positions
 from pyvlm.ops.fusion import merge_levels
+from pyvlm.ops.gating import gated_activation
 from pyvlm.ops.grids import fuse_grids, patches_to_token
 from pyvlm.ops.linear import linear
 from pyvlm.ops.loss import linear_cross_entropy
@@ -36,6 +37,7 @@ __all__ = [
     "expert_choice",
     "expert_mlp",
     "fuse_grids",
+    "gated_activation",
     "importance_loss",
     "letterbox_masks",
     "linear",

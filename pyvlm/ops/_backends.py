@@ -25,6 +25,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "add_at_image_tokens": {"native": ("cpu",), "triton": ("cuda",)},
     "local_cross_attention": {"native": ("cpu",), "triton": ("cuda",)},
     "linear": {"native": ("cpu",)},
+    "gated_activation": {"native": ("cpu",)},
     "fuse_grids": {"native": ("cpu", "cuda")},
     "patches_to_token": {"native": ("cpu", "cuda")},
     "resample": {"native": ("cpu", "cuda")},

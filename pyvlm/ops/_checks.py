@@ -6,6 +6,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pyvlm.reference.gating import ACTIVATIONS
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError where there is no activation of that name."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation={activation!r} is unknown; expected one of {known}")
+
 
 class Shapes:
     """Checks the tensors of one call: the first tensor that has a letter fixes its size for all the others.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyvlm.reference import moe as reference
+from pyvlm.ops._checks import check_activation
 
 if TYPE_CHECKING:
     from pyvlm.ops.moe import Routing
@@ -166,11 +166,7 @@ def check_experts(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"activation={activation!r} is unknown; "
-            f"expected one of {', '.join(map(repr, reference.ACTIVATIONS))}"
-        )
+    check_activation(activation)
     hidden = x.shape[-1]
     rows = "2 * intermediate" if gated else "intermediate"
     if (

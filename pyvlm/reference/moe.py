@@ -11,22 +11,16 @@ How many slots there are depends on the data, so on a GPU every router of logits
 waits for the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RoutingTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from pyvlm.reference.gating import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
+RoutingTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,9 +20,7 @@ class of a model itself is not replaced: transformers finds by it which outputs 
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,6 +34,7 @@ from transformers.monkey_patching import (
 )
 
 from pyvlm.integrations.transformers.changes import Change
+from pyvlm.integrations.transformers.replacement import home_of, replacement, swap
 from pyvlm.ops.grids import fuse_grids
 from pyvlm.ops.placement import pack_image_tokens
 from pyvlm.ops.tiling import pixel_shuffle_index
@@ -116,7 +115,7 @@ def apply(model: nn.Module) -> list[Change]:
         elif isinstance(module, form):
             changes.append(Change(path, "connector", form.KERNEL, "by the registered mapping"))
         else:
-            changes.append(Change(path, "connector", form.KERNEL, undo=_replace(module)))
+            changes.append(Change(path, "connector", form.KERNEL, undo=swap(module, _replacement(name))))
     return changes
 
 
@@ -151,21 +150,10 @@ def __getattr__(name: str) -> Any:
     return _replacement(name)
 
 
-@cache
 def _replacement(name: str) -> Any:
-    """A subclass of a class of transformers, of the same name, with pyvlm's forward."""
-    form, original = SERVED[name][1], getattr(import_module(_home(name)), name)
-    return type(name, (form, original), {"__module__": __name__, "__doc__": form.__doc__})
-
-
-def _replace(module: nn.Module) -> Callable[[], None]:
-    original = type(module)
-
-    def undo() -> None:
-        module.__class__ = original
-
-    module.__class__ = _replacement(original.__name__)
-    return undo
+    form: Any  # to mypy a union of classes has no hash
+    folder, form = SERVED[name]
+    return replacement(form, folder, name, __name__)
 
 
 def _why_not(module: Any) -> str | None:
@@ -200,9 +188,7 @@ def _check_that_modules_can_be_listed() -> None:
 
 
 def _home(name: str) -> str:
-    """The module of transformers that a class is defined in."""
-    folder = SERVED[name][0]
-    return f"transformers.models.{folder}.modeling_{folder}"
+    return home_of(SERVED[name][0])
 
 
 def _block_index(grids: Sequence[tuple[int, int]], side: int) -> Tensor:

@@ -79,7 +79,7 @@ def experts_forward(
         routing_from_choices(top_k_index, top_k_weights, down.shape[0], drop_out_of_range=drop),
         up,
         down,
-        activation=_activation(experts.act_fn),
+        activation=activation_name(experts.act_fn),
         gated=experts.has_gate,
         gate_up_bias=up_bias,
         down_bias=down_bias,
@@ -100,7 +100,7 @@ def why_unsupported(experts: Any) -> str | None:
         )
     if experts.has_gate and not experts.is_concatenated:
         return "the rows of its gate and up projections take turns, and would be copied apart at every step"
-    if _activation(experts.act_fn) is None:
+    if activation_name(experts.act_fn) is None:
         known = ", ".join(dict.fromkeys(_ACTIVATIONS.values()))
         return f"its activation {_name_of(experts.act_fn)} is none of {known}"
     return None
@@ -184,7 +184,7 @@ def _why_no_kernel(experts: Any) -> str | None:
     return None
 
 
-def _activation(function: Any) -> Any:
+def activation_name(function: Any) -> Any:
     """The name that `expert_mlp` has for an activation, or None."""
     key = type(function) if isinstance(function, nn.Module) else function
     return _ACTIVATIONS.get(key)

@@ -1,8 +1,8 @@
-// The experts' activations and their slopes, on vectors.
+// Activations and their slopes, on vectors.
 #pragma once
 
+#include "common/activation.h"
 #include "common/vec_math.h"
-#include "moe/expert_mlp.h"
 
 namespace pyvlm::CPU_CAPABILITY {
 

@@ -1,0 +1,107 @@
+"""The gated MLPs of transformers' models: activation and product in one pass.
+
+The two passes of PyTorch write two more tensors of tokens by intermediate channels, whose memory is new each
+time. On two cores of an AMD EPYC, 2,432 tokens by 6,912 channels: 10 ms in place of 54 to 63 in fp32, 6 to 11
+in place of 32 to 39 in bf16; 4 and 2 written over the gate, which is done where no gradient is needed.
+Training keeps the gate and the up projection, and not the activation beside them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyvlm.integrations.transformers.changes import Change
+from pyvlm.integrations.transformers.experts import activation_name
+from pyvlm.integrations.transformers.replacement import home_of, replacement, swap
+from pyvlm.ops import gated_activation
+from pyvlm.ops._backends import resolve
+
+_KERNEL = "pyvlm.ops.gated_activation"
+
+# class -> the folder of transformers.models that it lives in
+SERVED = {
+    "LlamaMLP": "llama",
+    "MistralMLP": "mistral",
+    "Qwen2MLP": "qwen2",
+    "Qwen3MLP": "qwen3",
+    "Qwen3MoeMLP": "qwen3_moe",
+    "Qwen2_5_VLMLP": "qwen2_5_vl",
+    "Qwen3VLTextMLP": "qwen3_vl",
+    "Qwen3VLMoeTextMLP": "qwen3_vl_moe",
+    "GemmaMLP": "gemma",
+    "Gemma2MLP": "gemma2",
+    "Gemma3MLP": "gemma3",
+    "Molmo2MLP": "molmo2",
+    "PixtralMLP": "pixtral",
+    "Llama4TextMLP": "llama4",
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x))."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., C] → [.., C]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        activation = activation_name(_function_of(self))
+        assert activation is not None, "it was asked for before this class was given"
+        y = gated_activation(gate, up, activation, inplace=self._may_overwrite(gate, up))
+        out: Tensor = self.down_proj(y)
+        return out
+
+    def _may_overwrite(self, gate: Tensor, up: Tensor) -> bool:
+        """Nobody needs the gate again: no gradient, no hook that may have kept it, no tracer."""
+        return not (
+            (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad))
+            or self.gate_proj._forward_hooks
+            or gate.dtype != up.dtype
+            or torch.compiler.is_compiling()
+        )
+
+
+def apply(model: nn.Module) -> list[Change]:
+    """Gives the gated MLPs of a model pyvlm's forward; nothing but their class changes."""
+    return [
+        _serve(path, module)
+        for path, module in model.named_modules()
+        if type(module).__name__ in SERVED
+        and type(module).__module__ == home_of(SERVED[type(module).__name__])
+    ]
+
+
+def _serve(path: str, module: nn.Module) -> Change:
+    reason = _why_not(module)
+    if reason is not None:
+        return Change(path, "mlp", None, reason)
+    name = type(module).__name__
+    undo = swap(module, replacement(GatedMLP, SERVED[name], name, __name__))
+    return Change(path, "mlp", _KERNEL, undo=undo)
+
+
+def _why_not(module: Any) -> str | None:
+    if "forward" in vars(module):
+        return "a hook has taken the place of its forward"
+    function = _function_of(module)
+    if activation_name(function) is None:
+        return f"its activation {getattr(function, '__name__', type(function).__name__)} is none of pyvlm's"
+    weight = next(module.parameters(), None)
+    if weight is not None and resolve("gated_activation", "auto", weight.device) == "reference":
+        return f"there is no kernel on {weight.device.type}"
+    return None
+
+
+def _function_of(module: Any) -> Callable[[Tensor], Tensor] | None:
+    return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+
+
+def __getattr__(name: str) -> Any:
+    """The replacements by the names of the originals: pickle looks for them here."""
+    if name not in SERVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return replacement(GatedMLP, SERVED[name], name, __name__)

@@ -1,0 +1,84 @@
+"""Gated activations, the middle of a gated MLP (GLU variants, arXiv 2002.05202).
+
+Shape legend
+    I channels · gate and up have any dimensions before them
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvlm import _native
+from pyvlm.ops import _backends
+from pyvlm.ops._checks import Shapes, check_activation
+from pyvlm.reference import gating as reference
+
+
+def gated_activation(
+    gate: Tensor, up: Tensor, activation: str = "silu", inplace: bool = False, backend: str = "auto"
+) -> Tensor:
+    """act(gate) · up in one pass, of which backward needs only gate and up: it computes the rest again.
+
+    PyTorch makes two passes, rounds between them, and keeps act(gate) as a third tensor.
+
+    Args:
+        gate: [.., I], any strides; half of a joint projection is read where it lies.
+        up: [.., I].
+        activation: "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu" (ReGLU) or "relu2" (its square).
+        inplace: writes the result over gate and returns that; only where no gradient is needed.
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        [.., I] in the dtype of gate and up (under autocast, where they may differ, the wider one's).
+
+    Raises:
+        TypeError: dtypes that differ outside autocast, or are not floating-point.
+        ValueError: shapes that differ, several devices, an unknown activation, or `inplace` where gradients
+            are needed or the dtypes differ.
+    """
+    check_activation(activation)
+    if isinstance(gate, Tensor) and gate.dim() < 1:
+        raise ValueError("gated_activation: gate has no dimensions, expected [.., I]")
+    letters = (*(f"gate.shape[{i}]" for i in range(gate.dim() - 1)), "I") if isinstance(gate, Tensor) else ()
+    Shapes("gated_activation").check("gate", gate, letters).check("up", up, letters)
+    if inplace and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        raise ValueError("gated_activation: inplace=True overwrites gate, which its gradient needs")
+    if gate.dtype != up.dtype:
+        if inplace:
+            raise ValueError(f"gated_activation: inplace=True, but gate is {gate.dtype} and up {up.dtype}")
+        gate, up = (x.to(torch.promote_types(gate.dtype, up.dtype)) for x in (gate, up))
+    if _backends.resolve("gated_activation", backend, gate.device) == "reference":
+        y = reference.gated_activation(gate, up, activation)
+        return gate.copy_(y) if inplace else y
+    if inplace:
+        torch.ops.pyvlm.gated_activation_(gate, up, activation)
+        return gate
+    result: Tensor = torch.ops.pyvlm.gated_activation(gate, up, activation)
+    return result
+
+
+def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _fake_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_gate, grad_up = torch.ops.pyvlm.gated_activation_backward(grad_y, *ctx.saved_tensors, ctx.activation)
+    return grad_gate, grad_up, None
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.register_fake("pyvlm::gated_activation", _fake)
+    torch.library.register_fake("pyvlm::gated_activation_", lambda gate, up, activation: None)
+    torch.library.register_fake("pyvlm::gated_activation_backward", _fake_backward)
+    torch.library.register_autograd("pyvlm::gated_activation", _backward, setup_context=_setup_context)
+    _backends.refuse_second_derivative("gated_activation")

@@ -1,0 +1,192 @@
+"""Gated MLPs of transformers on pyvlm: every served class, gradients, what is left alone, and undoing it."""
+
+import copy
+import inspect
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
+
+from integrations.transformers_models import FAMILIES
+from tolerance import assert_close
+from transformers.activations import ACT2FN
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from pyvlm.integrations.transformers import gated_mlp
+from pyvlm.integrations.transformers.replacement import home_of
+
+
+def make(activation: str = "silu") -> LlamaMLP:
+    torch.manual_seed(3)
+    return LlamaMLP(
+        LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=4, hidden_act=activation)
+    )
+
+
+def like(original: type[nn.Module]) -> nn.Module:
+    """A module of a served class, whatever its config is called: forward reads no more than this."""
+    module = original.__new__(original)
+    nn.Module.__init__(module)
+    torch.manual_seed(4)
+    module.gate_proj, module.up_proj = nn.Linear(24, 40), nn.Linear(24, 40)
+    module.down_proj = nn.Linear(40, 24)
+    name = "activation_fn" if "activation_fn" in inspect.getsource(original) else "act_fn"
+    setattr(module, name, ACT2FN["gelu_pytorch_tanh" if "Gemma" in original.__name__ else "silu"])
+    return module
+
+
+def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    leaves = {"x": x, **dict(module.named_parameters())}
+    return {"y": y.detach()} | dict(
+        zip(leaves, torch.autograd.grad(y.square().sum(), list(leaves.values())), strict=True)
+    )
+
+
+def assert_alike(module: nn.Module, dtype: torch.dtype) -> None:
+    module, x = module.to(dtype), torch.randn(3, 7, 24).to(dtype)
+    plain = results(module, x)
+    expected = results(copy.deepcopy(module).double(), x.double())
+    (change,) = gated_mlp.apply(module)
+    assert change.kernel == "pyvlm.ops.gated_activation"
+    for name, result in results(module, x).items():
+        assert_close(result, expected[name], plain[name], name)
+    with torch.no_grad():  # written over the gate
+        assert_close(module(x), expected["y"], plain["y"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
+def test_every_activation(activation: str, dtype: torch.dtype) -> None:
+    assert_alike(make(activation), dtype)
+
+
+@pytest.mark.parametrize("name", gated_mlp.SERVED)
+def test_every_served_class_computes_what_it_did(name: str) -> None:
+    home = pytest.importorskip(home_of(gated_mlp.SERVED[name]), reason=f"this transformers has no {name}")
+    assert_alike(like(getattr(home, name)), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl", "llama4"])
+def test_models_give_their_own_logits_and_undo_is_exact(name: str) -> None:
+    model = FAMILIES[name].model()
+    batch = FAMILIES[name].batch(model)
+    classes = [type(module) for module in model.modules()]
+    expected = model(**batch).logits
+    changes = gated_mlp.apply(model)
+    assert changes
+    assert all(change.kernel for change in changes)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    assert gated_mlp.apply(model) == []  # they are served already
+    for change in changes:
+        change.undo()
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_training_keeps_one_tensor_less() -> None:
+    def kept(module: nn.Module) -> int:
+        wide = set()
+
+        def pack(x: Tensor) -> Tensor:
+            if x.numel() == 2 * 5 * 40:
+                wide.add(x.data_ptr())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            module(torch.randn(2, 5, 24))
+        return len(wide)
+
+    module = make()
+    assert kept(module) == 4  # gate, its activation, up, and their product for the last projection
+    gated_mlp.apply(module)
+    assert kept(module) == 3
+
+
+def test_a_gate_that_a_hook_saw_is_not_overwritten() -> None:
+    module, seen = make(), []
+    gated_mlp.apply(module)
+    module.gate_proj.register_forward_hook(lambda module, given, out: seen.append(out))
+    x = torch.randn(2, 24)
+    with torch.no_grad():
+        module(x)
+        assert torch.equal(seen[0], nn.functional.linear(x, module.gate_proj.weight))
+
+
+def test_frozen_projections_are_not_overwritten_where_the_input_learns() -> None:
+    module = make().requires_grad_(False)
+    x = torch.randn(2, 24, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).sum(), x)
+    gated_mlp.apply(module)
+    (actual,) = torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_autocast() -> None:
+    module, x = make(), torch.randn(2, 3, 24)
+    expected = module(x)
+    gated_mlp.apply(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.01)
+
+
+def unknown(module: LlamaMLP) -> Any:
+    module.act_fn = nn.Tanh()
+
+
+def hooked(module: LlamaMLP) -> Any:
+    module.forward = module.forward
+
+
+def elsewhere(module: LlamaMLP) -> Any:
+    module.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(unknown, "activation Tanh"), (hooked, "a hook has taken"), (elsewhere, "no kernel on meta")],
+)
+def test_what_is_left_says_why(change: Any, reason: str) -> None:
+    module = make()
+    change(module)
+    (made,) = gated_mlp.apply(module)
+    assert made.kernel is None
+    assert reason in made.reason
+    assert type(module) is LlamaMLP
+
+
+def test_modules_of_others_by_the_same_name_are_left() -> None:
+    class LlamaMLP(nn.Module):
+        pass
+
+    assert gated_mlp.apply(LlamaMLP()) == []
+
+
+def test_replaced_modules_are_pickled() -> None:
+    module = make()
+    gated_mlp.apply(module)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded) is type(module)
+    x = torch.randn(2, 24)
+    assert torch.equal(loaded(x), module(x))
+    with pytest.raises(AttributeError, match="has no attribute 'OtherMLP'"):
+        _ = gated_mlp.OtherMLP
+
+
+def test_compiled_they_agree(fresh_compiler: None) -> None:
+    module, x = make(), torch.randn(2, 3, 24)
+    gated_mlp.apply(module)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
