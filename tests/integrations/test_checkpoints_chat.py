@@ -203,7 +203,8 @@ def test_a_name_of_the_hub_without_a_network_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["nothing", "a/b/c", "no such/thing here", "runs/demo", "/nothing"])
-def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(path, monkeypatch):
+def test_what_is_neither_a_folder_nor_a_name_is_not_looked_for(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # elsewhere there may be a demo's run
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=r"holds no model|no config.json there"):
         load_speaker(path)

@@ -32,6 +32,9 @@ NAMES = [
 # SDPA has no soft cap, and eager attention, which rounds its softmax to float32, makes NaN of a row of
 # padding in float64: these families are compared with eager attention on rows without padding.
 SOFTCAPPED = {"gemma2": ((9,), (9,)), "paligemma2": ((3, "image", 4), (1, "image", 6))}
+# Llama 4 gives a token one expert. On its longest batch a near tie falls either way in bf16, by how the layers
+# before round: gradients are then those of another expert.
+ROWS = SOFTCAPPED | {"llama4": ((2, "image", 5), (6,))}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -66,7 +69,7 @@ def gradients(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_logits_and_gradients_are_those_of_eager_attention(family: Family, dtype: torch.dtype) -> None:
     model = family.model(dtype, attn_implementation="eager")
-    batch = family.batch(model, SOFTCAPPED.get(family.name))
+    batch = family.batch(model, ROWS.get(family.name))
     wide, wide_batch = as_float64(model, family, batch)
     plain, expected = logits(model, batch), logits(wide, wide_batch)
     plain_gradients, expected_gradients = gradients(model, batch), gradients(wide, wide_batch)
