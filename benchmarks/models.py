@@ -120,7 +120,9 @@ class ModelCase:
         return model.eval()
 
     def batch(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        random = torch.Generator().manual_seed(1)
+        # Of experts one where no learned token lies so near a tie that bf16 decides it: with seed 1 one of 64
+        # goes to another expert than in float64, on fewer flips in all than torch's own, and shifts the loss.
+        random = torch.Generator().manual_seed(2 if self.family == "moe" else 1)
         prompt = torch.randint(4, self.words, (self.text - self.learned,), generator=random)
         answer = torch.randint(4, self.words, (self.learned,), generator=random)
         pictures = torch.full((self.images * self.side**2,), IMAGE_TOKEN)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fusion.gating_cases import CASES, GatingCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
@@ -53,6 +54,11 @@ def test_any_sizes(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
     assert_right(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), activation)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases(case: GatingCase) -> None:
+    assert_right(*(case.reduced() if case.large else case).inputs(torch.float32), case.activation)
 
 
 def test_more_elements_than_a_thread_takes() -> None:

@@ -24,7 +24,7 @@ from benchmarks.__main__ import OPERATIONS, load
 from benchmarks.harness.run import DTYPES, run_pass
 from benchmarks.harness.verify import Expected, verify
 from pyvlm.ops import Routing, expert_choice, expert_mlp, linear_cross_entropy, token_choice
-from pyvlm.reference.moe import ACTIVATIONS
+from pyvlm.reference.gating import ACTIVATIONS
 
 HALVES_AND_FLOAT = ("fp32", "bf16", "fp16")
 # Of one channel the norm is 0 and so are gradients, but for rounding; of no label plain PyTorch makes NaN.

@@ -32,8 +32,8 @@ NAMES = [
 # SDPA has no soft cap, and eager attention, which rounds its softmax to float32, makes NaN of a row of
 # padding in float64: these families are compared with eager attention on rows without padding.
 SOFTCAPPED = {"gemma2": ((9,), (9,)), "paligemma2": ((3, "image", 4), (1, "image", 6))}
-# Llama 4 gives a token one expert. On its longest batch a near tie falls either way in bf16, by how the layers
-# before round: gradients are then those of another expert.
+# Llama 4 gives a token one expert. On its longest batch a near tie falls either way in bf16, by how the
+# layers before round: gradients are then those of another expert.
 ROWS = SOFTCAPPED | {"llama4": ((2, "image", 5), (6,))}
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -1,0 +1,72 @@
+"""Gated activations beside PyTorch's two passes, and those under torch.compile.
+
+Shapes: M tokens, I channels.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from fusion.gating_cases import CASES, LARGE_CASES, GatingCase
+from torch import Tensor
+
+from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from pyvlm.ops import gated_activation
+
+
+def workload(case: GatingCase, device: torch.device, dtype: torch.dtype) -> Workload:
+    inputs = tuple(tensor.to(device) for tensor in case.inputs(dtype))
+    nbytes = inputs[0].nbytes
+    generator = torch.Generator().manual_seed(3)
+    return Workload(
+        case=case.name,
+        reason=case.reason,
+        shape=f"M{case.tokens} I{case.channels} {case.activation}",
+        dtype=dtype,
+        inputs=inputs,
+        cotangent=torch.randn(case.tokens, case.channels, generator=generator).to(device, dtype),
+        # Backward reads both again and the gradient, and writes two.
+        costs={FORWARD: Cost(0, 3 * nbytes), TRAINING: Cost(0, 8 * nbytes)},
+        terms=(0.0,) * 3,
+        payload=case,
+    )
+
+
+def workloads(
+    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
+) -> Iterator[Workload]:
+    for case in LARGE_CASES if names is None else [case for case in CASES if case.name in names]:
+        for dtype in dtypes:
+            yield workload(case.reduced() if quick and case.large else case, device, dtype)
+
+
+def _op(backend: str, work: Workload) -> Function:
+    return lambda gate, up: gated_activation(gate, up, work.payload.activation, backend=backend)
+
+
+def _pyvlm(work: Workload) -> Function:
+    return _op("native" if work.device.type == "cpu" else "auto", work)
+
+
+def _eager(work: Workload) -> Function:
+    return _op("reference", work)
+
+
+def _compiled(work: Workload) -> Function:
+    torch.compiler.reset()
+    run = torch.compile(_eager(work))
+
+    def called(gate: Tensor, up: Tensor) -> Tensor:
+        y: Tensor = run(gate, up)
+        return y
+
+    return called
+
+
+OPERATION = Operation(
+    name="gating",
+    workloads=workloads,
+    case_names=tuple(case.name for case in CASES),
+    providers=(Provider("pyvlm", _pyvlm), Provider("eager", _eager), Provider("compile", _compiled)),
+    reference=_eager,
+    plain=_eager,
+)
