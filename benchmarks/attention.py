@@ -3,13 +3,13 @@
 Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, D head dimension, R ranges a query.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from attention.cases import CASES, LARGE_CASES, AttentionCase
+from attention.cases import CASES, AttentionCase
 from attention.plain import plain_attention
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention, or_masks
@@ -24,6 +24,7 @@ from benchmarks.harness.workload import (
     Provider,
     Unavailable,
     Workload,
+    large_or_named,
 )
 from pyvlm import reference
 from pyvlm.ops.attention import span_attention
@@ -64,15 +65,6 @@ def workload(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> W
         payload=Mask(spans, case.scale, case.softcap, case.sink_scores(dtype, device)),
         cold=decode,
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _in_blocks(attention: Callable[..., tuple[Tensor, Tensor]], work: Workload) -> Function:
@@ -172,7 +164,7 @@ def _flex(work: Workload) -> Function:
 
 OPERATION = Operation(
     name="attention",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(Provider("pyvlm", _pyvlm), Provider("sdpa", _sdpa), Provider("flex", _flex)),
     reference=partial(_in_blocks, reference.attention.span_attention),

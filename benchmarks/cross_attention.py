@@ -3,12 +3,12 @@
 Shapes: N images, Q queries, T tokens of a map, W keys of a query over all maps, A heads, D head features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fusion.cross_attention_cases import CASES, LARGE_CASES, LocalCase
+from fusion.cross_attention_cases import CASES, LocalCase
 from torch import Tensor
 
 from benchmarks.harness.workload import (
@@ -20,6 +20,7 @@ from benchmarks.harness.workload import (
     Provider,
     Unavailable,
     Workload,
+    large_or_named,
 )
 from pyvlm.ops import local_cross_attention
 from pyvlm.reference.cross_attention import to_windows
@@ -53,15 +54,6 @@ def workload(case: LocalCase, device: torch.device, dtype: torch.dtype) -> Workl
         terms=(0.0,) * (1 + len(inputs)),
         payload=case,
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _masks(work: Workload) -> list[Tensor] | None:
@@ -140,7 +132,7 @@ _reference: Callable[[Workload], Function] = partial(_op, "reference")
 
 OPERATION = Operation(
     name="cross_attention",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(
         Provider("pyvlm", _pyvlm),

@@ -3,15 +3,23 @@
 Shapes: L levels, N images, T tokens of a map, C channels, H output features.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fusion.fusion_cases import CASES, LARGE_CASES, MergeCase
+from fusion.fusion_cases import CASES, MergeCase
 from torch import Tensor
 
-from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+    large_or_named,
+)
 from pyvlm.ops import merge_levels
 
 
@@ -49,15 +57,6 @@ def workload(case: MergeCase, device: torch.device, dtype: torch.dtype) -> Workl
         terms=(0.0,) * (1 + len(inputs)),
         payload=Merge(case, tuple(parameters)),
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _merge(backend: str, work: Workload) -> Function:
@@ -108,7 +107,7 @@ def _compile(work: Workload) -> Function:
 
 OPERATION = Operation(
     name="fusion",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(
         Provider("pyvlm", _pyvlm),

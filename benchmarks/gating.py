@@ -3,13 +3,19 @@
 Shapes: M tokens, I channels.
 """
 
-from collections.abc import Iterator
-
 import torch
-from fusion.gating_cases import CASES, LARGE_CASES, GatingCase
-from torch import Tensor
+from fusion.gating_cases import CASES, GatingCase
 
-from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+    large_or_named,
+)
 from pyvlm.ops import gated_activation
 
 
@@ -31,14 +37,6 @@ def workload(case: GatingCase, device: torch.device, dtype: torch.dtype) -> Work
     )
 
 
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    for case in LARGE_CASES if names is None else [case for case in CASES if case.name in names]:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
-
-
 def _op(backend: str, work: Workload) -> Function:
     return lambda gate, up: gated_activation(gate, up, work.payload.activation, backend=backend)
 
@@ -53,18 +51,12 @@ def _eager(work: Workload) -> Function:
 
 def _compiled(work: Workload) -> Function:
     torch.compiler.reset()
-    run = torch.compile(_eager(work))
-
-    def called(gate: Tensor, up: Tensor) -> Tensor:
-        y: Tensor = run(gate, up)
-        return y
-
-    return called
+    return torch.compile(_eager(work))
 
 
 OPERATION = Operation(
     name="gating",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(Provider("pyvlm", _pyvlm), Provider("eager", _eager), Provider("compile", _compiled)),
     reference=_eager,

@@ -3,14 +3,22 @@
 Shapes: N images, T tokens of the target grid, C channels of all maps, H output features.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
-from fusion.grid_cases import CASES, LARGE_CASES, GridCase
+from fusion.grid_cases import CASES, GridCase
 from torch import Tensor
 
-from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+    large_or_named,
+)
 from pyvlm.ops import fuse_grids
 
 
@@ -39,14 +47,6 @@ def workload(case: GridCase, device: torch.device, dtype: torch.dtype) -> Worklo
     )
 
 
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    for case in LARGE_CASES if names is None else [case for case in CASES if case.name in names]:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
-
-
 def _fused(backend: str, work: Workload) -> Function:
     case = work.payload
 
@@ -66,7 +66,7 @@ _concatenated = partial(_fused, "reference")
 
 OPERATION = Operation(
     name="grids",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(Provider("pyvlm", _pyvlm), Provider("concatenated", _concatenated)),
     reference=_concatenated,

@@ -3,12 +3,19 @@
 Shapes: M tokens, K features in, N features out.
 """
 
-from collections.abc import Iterator
-
 import torch
-from fusion.linear_cases import CASES, LARGE_CASES, LinearCase
+from fusion.linear_cases import CASES, LinearCase
 
-from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+    large_or_named,
+)
 from pyvlm.ops.linear import linear
 
 
@@ -35,14 +42,6 @@ def workload(case: LinearCase, device: torch.device, dtype: torch.dtype) -> Work
     )
 
 
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    for case in LARGE_CASES if names is None else [case for case in CASES if case.name in names]:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
-
-
 def _pyvlm(work: Workload) -> Function:
     backend = "native" if work.device.type == "cpu" else "auto"
     return lambda x, weight, bias: linear(x, weight, bias, backend)
@@ -54,7 +53,7 @@ def _torch(work: Workload) -> Function:
 
 OPERATION = Operation(
     name="linear",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(Provider("pyvlm", _pyvlm), Provider("torch", _torch)),
     reference=_torch,

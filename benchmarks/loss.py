@@ -3,11 +3,9 @@
 Shapes: T tokens, H features, V words.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from fusion.loss_cases import CASES, LARGE_CASES, LossCase
+from fusion.loss_cases import CASES, LossCase
 from torch import Tensor
 
 from benchmarks.harness.workload import (
@@ -18,6 +16,7 @@ from benchmarks.harness.workload import (
     Operation,
     Provider,
     Workload,
+    large_or_named,
 )
 from pyvlm.ops import linear_cross_entropy
 
@@ -42,15 +41,6 @@ def workload(case: LossCase, device: torch.device, dtype: torch.dtype) -> Worklo
         terms=(0.0, 0.0, 0.0),
         payload=case.labels().to(device),
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _pyvlm(work: Workload) -> Function:
@@ -82,7 +72,7 @@ def _compile(work: Workload) -> Function:
 
 OPERATION = Operation(
     name="loss",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(
         Provider("pyvlm", _pyvlm),

@@ -3,12 +3,12 @@
 Shapes: T tokens, S slots (token, expert), E experts, K experts a token, H hidden, I intermediate.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from moe.cases import CASES, LARGE_CASES, ExpertCase
+from moe.cases import CASES, ExpertCase
 from torch import Tensor
 
 from benchmarks.harness.workload import (
@@ -20,6 +20,7 @@ from benchmarks.harness.workload import (
     Provider,
     Unavailable,
     Workload,
+    large_or_named,
 )
 from pyvlm.ops import Routing, expert_mlp
 
@@ -59,15 +60,6 @@ def workload(case: ExpertCase, device: torch.device, dtype: torch.dtype) -> Work
         payload=Layer(case, logits_TE, routing),
         cold=case.decode,
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _experts(backend: str, work: Workload) -> Function:
@@ -118,7 +110,7 @@ _loop: Callable[[Workload], Function] = partial(_experts, "reference")
 
 OPERATION = Operation(
     name="moe",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(
         Provider("pyvlm", _pyvlm),

@@ -1,12 +1,12 @@
 """Image tokens into the text beside transformers' boolean indexing and torch's indexed copies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
 import torch
-from fusion.placement_cases import CASES, LARGE_CASES, PINPOINTS, TILE, PlacementCase
+from fusion.placement_cases import CASES, PINPOINTS, TILE, PlacementCase
 from torch import Tensor
 
 from benchmarks.harness.workload import (
@@ -18,6 +18,7 @@ from benchmarks.harness.workload import (
     Provider,
     Unavailable,
     Workload,
+    large_or_named,
 )
 
 
@@ -53,15 +54,6 @@ def workload(case: PlacementCase, device: torch.device, dtype: torch.dtype) -> W
         terms=(0.0,) * (1 + len(inputs)),
         payload=layout,
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    chosen = LARGE_CASES if names is None else [case for case in CASES if case.name in names]
-    for case in chosen:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _placed(backend: str, work: Workload) -> Function:
@@ -126,7 +118,7 @@ _reference: Callable[[Workload], Function] = partial(_placed, "reference")
 
 OPERATION = Operation(
     name="placement",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(
         Provider("pyvlm", _pyvlm),

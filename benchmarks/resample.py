@@ -3,14 +3,21 @@
 Shapes: N images, T tokens of a map, C channels, Q queries, E embedding.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from fusion.resample_cases import CASES, LARGE_CASES, ResampleCase
+from fusion.resample_cases import CASES, ResampleCase
 from torch import Tensor
 
-from benchmarks.harness.workload import FORWARD, TRAINING, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+    large_or_named,
+)
 
 
 def workload(case: ResampleCase, device: torch.device, dtype: torch.dtype) -> Workload:
@@ -38,14 +45,6 @@ def workload(case: ResampleCase, device: torch.device, dtype: torch.dtype) -> Wo
         terms=(0.0,) * (2 + len(parameters)),
         payload=case,
     )
-
-
-def workloads(
-    device: torch.device, dtypes: list[torch.dtype], names: list[str] | None, quick: bool
-) -> Iterator[Workload]:
-    for case in LARGE_CASES if names is None else [case for case in CASES if case.name in names]:
-        for dtype in dtypes:
-            yield workload(case.reduced() if quick and case.large else case, device, dtype)
 
 
 def _module(backend: str, work: Workload) -> Function:
@@ -104,7 +103,7 @@ def _eager(work: Workload) -> Function:
 
 OPERATION = Operation(
     name="resample",
-    workloads=workloads,
+    workloads=large_or_named(workload, CASES),
     case_names=tuple(case.name for case in CASES),
     providers=(Provider("pyvlm", _pyvlm), Provider("eager", _eager)),
     reference=_reference,

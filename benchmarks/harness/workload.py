@@ -1,6 +1,6 @@
 """What an op family tells the harness: its workloads, its providers and the reference they are held to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,3 +63,22 @@ class Operation:
     providers: tuple[Provider, ...]
     reference: Callable[[Workload], Function]
     plain: Callable[[Workload], Function]
+
+
+def large_or_named(make: Callable[..., Workload], cases: Sequence[Any]) -> Callable[..., Iterator[Workload]]:
+    """`Operation.workloads` of cases that tests share: of those names, or the large; reduced if quick.
+
+    Args:
+        make: a workload of a case, a device and a dtype.
+        cases: each has a `name`, is `large` or not, and the large ones have a `reduced()` form.
+    """
+
+    def workloads(
+        device: torch.device, dtypes: Sequence[torch.dtype], names: Sequence[str] | None, quick: bool
+    ) -> Iterator[Workload]:
+        for case in cases:
+            if case.large if names is None else case.name in names:
+                for dtype in dtypes:
+                    yield make(case.reduced() if quick and case.large else case, device, dtype)
+
+    return workloads

@@ -7,9 +7,8 @@ TORCH_LIBRARY_FRAGMENT(pyvlm, m) {
   m.def("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
   m.def("gated_activation_(Tensor(a!) gate, Tensor up, str activation) -> ()");
   m.def(
-      "gated_activation_backward(Tensor grad_y, Tensor gate, Tensor up, str activation) -> (Tensor "
-      "grad_gate, "
-      "Tensor grad_up)");
+      "gated_activation_backward(Tensor grad_y, Tensor gate, Tensor up, str activation) -> "
+      "(Tensor grad_gate, Tensor grad_up)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
