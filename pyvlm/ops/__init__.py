@@ -17,6 +17,7 @@ from pyvlm.ops.moe_losses import (
     load_loss,
     router_z_loss,
 )
+from pyvlm.ops.norm import rms_norm
 from pyvlm.ops.placement import add_at_image_tokens, pack_image_tokens, place_image_tokens
 from pyvlm.ops.tiling import (
     anyres_grid,
@@ -54,6 +55,7 @@ __all__ = [
     "place_image_tokens",
     "resample",
     "resize_positions",
+    "rms_norm",
     "router_z_loss",
     "routing_from_choices",
     "sincos_positions",

@@ -26,6 +26,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "local_cross_attention": {"native": ("cpu",), "triton": ("cuda",)},
     "linear": {"native": ("cpu",)},
     "gated_activation": {"native": ("cpu",)},
+    "rms_norm": {"native": ("cpu",)},
     "fuse_grids": {"native": ("cpu", "cuda")},
     "patches_to_token": {"native": ("cpu", "cuda")},
     "resample": {"native": ("cpu", "cuda")},

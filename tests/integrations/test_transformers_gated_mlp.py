@@ -18,6 +18,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pyvlm.integrations.transformers import gated_mlp
+from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS
 from pyvlm.integrations.transformers.replacement import home_of
 
 
@@ -53,7 +54,7 @@ def assert_alike(module: nn.Module, dtype: torch.dtype) -> None:
     module, x = module.to(dtype), torch.randn(3, 7, 24).to(dtype)
     plain = results(module, x)
     expected = results(copy.deepcopy(module).double(), x.double())
-    (change,) = gated_mlp.apply(module)
+    (change,) = GATED_MLPS.apply(module)
     assert change.kernel == "pyvlm.ops.gated_activation"
     for name, result in results(module, x).items():
         assert_close(result, expected[name], plain[name], name)
@@ -67,9 +68,9 @@ def test_every_activation(activation: str, dtype: torch.dtype) -> None:
     assert_alike(make(activation), dtype)
 
 
-@pytest.mark.parametrize("name", gated_mlp.SERVED)
+@pytest.mark.parametrize("name", GATED_MLPS.folders)
 def test_every_served_class_computes_what_it_did(name: str) -> None:
-    home = pytest.importorskip(home_of(gated_mlp.SERVED[name]), reason=f"this transformers has no {name}")
+    home = pytest.importorskip(home_of(GATED_MLPS.folders[name]), reason=f"this transformers has no {name}")
     assert_alike(like(getattr(home, name)), torch.float32)
 
 
@@ -79,11 +80,11 @@ def test_models_give_their_own_logits_and_undo_is_exact(name: str) -> None:
     batch = FAMILIES[name].batch(model)
     classes = [type(module) for module in model.modules()]
     expected = model(**batch).logits
-    changes = gated_mlp.apply(model)
+    changes = GATED_MLPS.apply(model)
     assert changes
     assert all(change.kernel for change in changes)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-    assert gated_mlp.apply(model) == []  # they are served already
+    assert GATED_MLPS.apply(model) == []  # they are served already
     for change in changes:
         change.undo()
     assert [type(module) for module in model.modules()] == classes
@@ -105,13 +106,13 @@ def test_training_keeps_one_tensor_less() -> None:
 
     module = make()
     assert kept(module) == 4  # gate, its activation, up, and their product for the last projection
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     assert kept(module) == 3
 
 
 def test_a_gate_that_a_hook_saw_is_not_overwritten() -> None:
     module, seen = make(), []
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     module.gate_proj.register_forward_hook(lambda module, given, out: seen.append(out))
     x = torch.randn(2, 24)
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_frozen_projections_are_not_overwritten_where_the_input_learns() -> None
     module = make().requires_grad_(False)
     x = torch.randn(2, 24, requires_grad=True)
     (expected,) = torch.autograd.grad(module(x).sum(), x)
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     (actual,) = torch.autograd.grad(module(x).sum(), x)
     torch.testing.assert_close(actual, expected)
 
@@ -131,7 +132,7 @@ def test_frozen_projections_are_not_overwritten_where_the_input_learns() -> None
 def test_autocast() -> None:
     module, x = make(), torch.randn(2, 3, 24)
     expected = module(x)
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.bfloat16
@@ -157,7 +158,7 @@ def elsewhere(module: LlamaMLP) -> Any:
 def test_what_is_left_says_why(change: Any, reason: str) -> None:
     module = make()
     change(module)
-    (made,) = gated_mlp.apply(module)
+    (made,) = GATED_MLPS.apply(module)
     assert made.kernel is None
     assert reason in made.reason
     assert type(module) is LlamaMLP
@@ -167,12 +168,12 @@ def test_modules_of_others_by_the_same_name_are_left() -> None:
     class LlamaMLP(nn.Module):
         pass
 
-    assert gated_mlp.apply(LlamaMLP()) == []
+    assert GATED_MLPS.apply(LlamaMLP()) == []
 
 
 def test_replaced_modules_are_pickled() -> None:
     module = make()
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -186,7 +187,7 @@ def test_replaced_modules_are_pickled() -> None:
 
 def test_compiled_they_agree(fresh_compiler: None) -> None:
     module, x = make(), torch.randn(2, 3, 24)
-    gated_mlp.apply(module)
+    GATED_MLPS.apply(module)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x))

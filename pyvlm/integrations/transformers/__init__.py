@@ -12,10 +12,11 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from pyvlm.integrations.transformers import attention, connectors, experts, gated_mlp, rules
+from pyvlm.integrations.transformers import attention, connectors, experts, norms, rules
 from pyvlm.integrations.transformers import linear as linear_layers
 from pyvlm.integrations.transformers import loss as losses
 from pyvlm.integrations.transformers.changes import Change, Report
+from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS
 
 __all__ = ["Change", "Report", "accelerate", "register", "restore"]
 
@@ -34,8 +35,8 @@ def accelerate(
 ) -> Report:
     """Puts a model of transformers on pyvlm's kernels, in place; weights and checkpoints stay as they are.
 
-    Attention, experts, gated MLPs, the loss with the head before it, and the connectors that gain by it. A
-    model that was accelerated already is restored first.
+    Attention, experts, gated MLPs, RMSNorms, the loss with the head before it, and the connectors that gain
+    by it. A model that was accelerated already is restored first.
 
     Args:
         model: a `PreTrainedModel`, or anything that holds some (a peft model, for one).
@@ -62,8 +63,11 @@ def accelerate(
         if attention_rule is not None:
             changes += rules.apply(model, attention_rule)
         # The loss wants a plain head, so it comes before the linear layers.
-        for part in (attention, experts, losses, gated_mlp, connectors, *([linear_layers] if linear else [])):
-            changes += part.apply(model)
+        replaced = (GATED_MLPS.apply, norms.apply, connectors.apply)
+        for apply in (attention.apply, experts.apply, losses.apply, *replaced):
+            changes += apply(model)
+        if linear:
+            changes += linear_layers.apply(model)
     except BaseException:  # an interrupted measurement of linear layers too: a model is changed whole or not
         restore(model)
         raise

@@ -11,7 +11,7 @@ class Change:
 
     Attributes:
         module: its dotted name in the model, "" for the model itself.
-        part: "attention", "experts", "mlp", "loss", "linear" or "connector".
+        part: "attention", "experts", "mlp", "norm", "loss", "linear" or "connector".
         kernel: what it runs on now, as "pyvlm.ops.span_attention"; None: it stays as it was.
         reason: why it stays, or what there is to say about the kernel.
         undo: puts back exactly what was there.

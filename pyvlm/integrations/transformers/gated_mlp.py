@@ -12,31 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyvlm.integrations.transformers.changes import Change
 from pyvlm.integrations.transformers.experts import activation_name
-from pyvlm.integrations.transformers.replacement import home_of, replacement, swap
+from pyvlm.integrations.transformers.replacement import Served
 from pyvlm.ops import gated_activation
-from pyvlm.ops._backends import resolve
-
-_KERNEL = "pyvlm.ops.gated_activation"
-
-# class -> the folder of transformers.models that it lives in
-SERVED = {
-    "LlamaMLP": "llama",
-    "MistralMLP": "mistral",
-    "Qwen2MLP": "qwen2",
-    "Qwen3MLP": "qwen3",
-    "Qwen3MoeMLP": "qwen3_moe",
-    "Qwen2_5_VLMLP": "qwen2_5_vl",
-    "Qwen3VLTextMLP": "qwen3_vl",
-    "Qwen3VLMoeTextMLP": "qwen3_vl_moe",
-    "GemmaMLP": "gemma",
-    "Gemma2MLP": "gemma2",
-    "Gemma3MLP": "gemma3",
-    "Molmo2MLP": "molmo2",
-    "PixtralMLP": "pixtral",
-    "Llama4TextMLP": "llama4",
-}
 
 
 class GatedMLP(nn.Module):
@@ -65,43 +43,42 @@ class GatedMLP(nn.Module):
         )
 
 
-def apply(model: nn.Module) -> list[Change]:
-    """Gives the gated MLPs of a model pyvlm's forward; nothing but their class changes."""
-    return [
-        _serve(path, module)
-        for path, module in model.named_modules()
-        if type(module).__name__ in SERVED
-        and type(module).__module__ == home_of(SERVED[type(module).__name__])
-    ]
-
-
-def _serve(path: str, module: nn.Module) -> Change:
-    reason = _why_not(module)
-    if reason is not None:
-        return Change(path, "mlp", None, reason)
-    name = type(module).__name__
-    undo = swap(module, replacement(GatedMLP, SERVED[name], name, __name__))
-    return Change(path, "mlp", _KERNEL, undo=undo)
-
-
-def _why_not(module: Any) -> str | None:
-    if "forward" in vars(module):
-        return "a hook has taken the place of its forward"
-    function = _function_of(module)
-    if activation_name(function) is None:
-        return f"its activation {getattr(function, '__name__', type(function).__name__)} is none of pyvlm's"
-    weight = next(module.parameters(), None)
-    if weight is not None and resolve("gated_activation", "auto", weight.device) == "reference":
-        return f"there is no kernel on {weight.device.type}"
-    return None
-
-
 def _function_of(module: Any) -> Callable[[Tensor], Tensor] | None:
     return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
 
 
+def _why_not(module: Any) -> str | None:
+    function = _function_of(module)
+    if activation_name(function) is None:
+        return f"its activation {getattr(function, '__name__', type(function).__name__)} is none of pyvlm's"
+    return None
+
+
+GATED_MLPS = Served(
+    GatedMLP,
+    {
+        "LlamaMLP": "llama",
+        "MistralMLP": "mistral",
+        "Qwen2MLP": "qwen2",
+        "Qwen3MLP": "qwen3",
+        "Qwen3MoeMLP": "qwen3_moe",
+        "Qwen2_5_VLMLP": "qwen2_5_vl",
+        "Qwen3VLTextMLP": "qwen3_vl",
+        "Qwen3VLMoeTextMLP": "qwen3_vl_moe",
+        "GemmaMLP": "gemma",
+        "Gemma2MLP": "gemma2",
+        "Gemma3MLP": "gemma3",
+        "Molmo2MLP": "molmo2",
+        "PixtralMLP": "pixtral",
+        "Llama4TextMLP": "llama4",
+    },
+    __name__,
+    "mlp",
+    "gated_activation",
+    _why_not,
+)
+
+
 def __getattr__(name: str) -> Any:
     """The replacements by the names of the originals: pickle looks for them here."""
-    if name not in SERVED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return replacement(GatedMLP, SERVED[name], name, __name__)
+    return GATED_MLPS.named(name)

@@ -1,0 +1,117 @@
+"""RMSNorm (arXiv 1910.07467), also with Gemma's weight that is stored less 1 (arXiv 2403.08295).
+
+Shape legend
+    C channels · x has any dimensions before them
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvlm import _native
+from pyvlm.ops import _backends
+from pyvlm.ops._checks import Shapes
+from pyvlm.reference import norm as reference
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, of which backward needs x and one number a row.
+
+    Written out in PyTorch it takes six to eight passes and keeps two or three tensors of x's size, in half
+    precision in float32. Here all is computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        x: [.., C], any strides; the result keeps the order of its dimensions in memory.
+        weight: [C], of any floating dtype; None: 1.
+        eps: what is added to the mean of the squares.
+        unit_offset: multiplies by 1 + weight, as Gemma's norms do.
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        [.., C] in the dtype of x.
+
+    Raises:
+        TypeError: x or weight is no floating-point tensor.
+        ValueError: the weight's size is not that of the channels, x has no dimensions, eps is negative, or
+            they are on several devices.
+    """
+    shapes = Shapes("rms_norm")
+    if isinstance(x, Tensor):
+        if x.dim() < 1:
+            raise ValueError("rms_norm: x has no dimensions, expected [.., C]")
+        shapes.check("x", x, (*(f"x.shape[{i}]" for i in range(x.dim() - 1)), "C"))
+    else:
+        shapes.check("x", x)
+    shapes.check("weight", weight, "C", dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    if not eps >= 0:
+        raise ValueError(f"rms_norm: eps={eps}, expected a number of at least 0")
+    if _backends.resolve("rms_norm", backend, x.device) == "reference":
+        return reference.rms_norm(x, weight, eps, unit_offset)
+    y: Tensor = torch.ops.pyvlm.rms_norm(x, weight, eps, unit_offset)[0]
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    y = _fake_rows(x)
+    strides = [stride // max(y.shape[-1], 1) for stride in y.stride()[:-1]]
+    rstd = torch.empty_strided(y.shape[:-1], strides, dtype=_computed_in(x), device=x.device)
+    return y, rstd
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    unit_offset: bool,
+    want_x: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_x = _fake_rows(x) if want_x else x.new_empty(0)
+    grad_weight = x.new_empty(0) if weight is None or not want_weight else weight.new_empty(weight.shape)
+    return grad_x, grad_weight
+
+
+def _fake_rows(x: Tensor) -> Tensor:
+    """Like x, or contiguous where channels would be no neighbours."""
+    y = torch.empty_like(x)
+    return y if y.stride(-1) == 1 or y.shape[-1] == 1 else x.new_empty(x.shape)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, float, bool], output: tuple[Tensor, Tensor]
+) -> None:
+    x, weight, _, ctx.unit_offset = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad_y: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    if grad_y is None:
+        return None, None, None, None
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    grad_x, grad_weight = torch.ops.pyvlm.rms_norm_backward(
+        grad_y, *ctx.saved_tensors, ctx.unit_offset, want_x, want_weight
+    )
+    return grad_x if want_x else None, grad_weight if want_weight else None, None, None
+
+
+if _native.C is not None:  # it defines the schemas
+    torch.library.register_fake("pyvlm::rms_norm", _fake)
+    torch.library.register_fake("pyvlm::rms_norm_backward", _fake_backward)
+    torch.library.register_autograd("pyvlm::rms_norm", _backward, setup_context=_setup_context)
+    _backends.refuse_second_derivative("rms_norm")
