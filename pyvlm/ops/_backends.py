@@ -10,7 +10,8 @@ from pyvlm import _native
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
-# op -> backend -> device types it runs on. "reference" is plain PyTorch and runs everywhere.
+# op -> backend -> device types it runs on; "auto" takes the first. "reference" is plain PyTorch and runs
+# everywhere. Triton's interpreter is there for tests, and so its device is not in this table.
 _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "span_attention": {"native": ("cpu",), "triton": ("cuda",)},
     "expert_choice": {"native": ("cpu", "cuda")},
@@ -84,14 +85,11 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        devices = {"reference": (device.type,), **_IMPLEMENTATIONS.get(op, {})}
-        return next(  # not the interpreter: it is there for tests
-            name
-            for name in ("native", "triton", "reference")
-            if not (name == "triton" and dtype == torch.float64)
-            and device.type in devices.get(name, ())
-            and why_unavailable(op, name, device) is None
-        )
+        for name, devices in _IMPLEMENTATIONS.get(op, {}).items():
+            known = device.type in devices and not (name == "triton" and dtype == torch.float64)
+            if known and why_unavailable(op, name, device) is None:
+                return name
+        return "reference"
     reason = why_unavailable(op, backend, device)
     if reason is not None:
         raise RuntimeError(

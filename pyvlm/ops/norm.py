@@ -42,20 +42,41 @@ def rms_norm(
         ValueError: the weight's size is not that of the channels, x has no dimensions, eps is negative, or
             they are on several devices.
     """
-    shapes = Shapes("rms_norm")
-    if isinstance(x, Tensor):
-        if x.dim() < 1:
-            raise ValueError("rms_norm: x has no dimensions, expected [.., C]")
-        shapes.check("x", x, (*(f"x.shape[{i}]" for i in range(x.dim() - 1)), "C"))
-    else:
-        shapes.check("x", x)
-    shapes.check("weight", weight, "C", dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    if not _plainly_right(x, weight):
+        _check(x, weight)
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps={eps}, expected a number of at least 0")
     if _backends.resolve("rms_norm", backend, x.device) == "reference":
         return reference.rms_norm(x, weight, eps, unit_offset)
     y: Tensor = torch.ops.pyvlm.rms_norm(x, weight, eps, unit_offset)[0]
     return y
+
+
+def _plainly_right(x: Any, weight: Any) -> bool:
+    """What nearly all calls are; a look at each shape by its letters takes as long as a token's whole norm."""
+    return (
+        isinstance(x, Tensor)
+        and x.dim() > 0
+        and x.is_floating_point()
+        and (
+            weight is None
+            or (
+                isinstance(weight, Tensor)
+                and weight.shape == x.shape[-1:]
+                and weight.is_floating_point()
+                and weight.device == x.device
+            )
+        )
+    )
+
+
+def _check(x: Tensor, weight: Tensor | None) -> None:
+    dimensions = x.dim() if isinstance(x, Tensor) else 1
+    if dimensions < 1:
+        raise ValueError("rms_norm: x has no dimensions, expected [.., C]")
+    letters = (*(f"x.shape[{i}]" for i in range(dimensions - 1)), "C")
+    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    Shapes("rms_norm").check("x", x, letters).check("weight", weight, "C", dtypes=floating)
 
 
 def _fake(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
