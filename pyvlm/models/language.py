@@ -16,8 +16,9 @@ from pyvlm.models.positions import position_ids
 from pyvlm.nn.attention import KeyValueCache, Rotary, SpanAttention, rotary_tables
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_routing import TokenGroups
-from pyvlm.nn.norm import UnitOffsetRMSNorm
+from pyvlm.nn.norm import RMSNorm, UnitOffsetRMSNorm
 from pyvlm.nn.partial_lora import ImageTokens, project
+from pyvlm.ops import gated_activation
 from pyvlm.ops.moe_experts import Activation
 from pyvlm.reference.gating import ACTIVATIONS
 
@@ -29,12 +30,18 @@ class SwiGLU(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, activation: Activation = "silu", bias: bool = False
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Activation = "silu",
+        bias: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
         self.activation = activation
+        self.backend = backend
 
     @property
     def act_fn(self) -> Callable[[Tensor], Tensor]:
@@ -43,7 +50,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BLC: Tensor, image_tokens: ImageTokens | None = None) -> Tensor:
         gate, up = project(self.gate_up_proj, x_BLC, image_tokens).chunk(2, dim=-1)
-        return project(self.down_proj, self.act_fn(gate) * up, image_tokens)
+        y = gated_activation(gate, up, self.activation, backend=self.backend)
+        return project(self.down_proj, y, image_tokens)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -58,16 +66,21 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * torch.full((), self.scale, dtype=weight.dtype, device=weight.device)
 
 
-def build_norm(config: LanguageConfig, channels: int) -> nn.Module:
+def build_norm(config: LanguageConfig, backend: str, channels: int) -> nn.Module:
     """The norm that a language model uses everywhere."""
-    kind = UnitOffsetRMSNorm if config.norm_unit_offset else nn.RMSNorm
-    return kind(channels, config.rms_norm_eps)
+    kind = UnitOffsetRMSNorm if config.norm_unit_offset else RMSNorm
+    return kind(channels, config.rms_norm_eps, _without_triton(backend))
+
+
+def _without_triton(backend: str) -> str:
+    """The backend of the ops that no Triton kernel exists for, in a model that is told to use those."""
+    return "auto" if backend == "triton" else backend
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: LanguageConfig, index: int, backend: str) -> None:
         super().__init__()
-        hidden, norm = config.hidden_size, partial(build_norm, config)
+        hidden, norm = config.hidden_size, partial(build_norm, config, backend)
         before = norm if config.norm_placement != "post" else nn.Identity
         behind = norm if config.norm_placement != "pre" else nn.Identity
         self.attention_norm = before(hidden)
@@ -91,7 +104,9 @@ class DecoderLayer(nn.Module):
             options = config.moe.model_dump(exclude={"layers"})
             self.mlp = MoE(hidden, **options, backend=backend)
         else:
-            self.mlp = SwiGLU(hidden, config.intermediate_size, config.activation, config.mlp_bias)
+            self.mlp = SwiGLU(
+                hidden, config.intermediate_size, config.activation, config.mlp_bias, _without_triton(backend)
+            )
         self.mlp_out_norm = behind(hidden)
 
     def forward(
@@ -126,7 +141,7 @@ class LanguageModel(nn.Module):
             else ScaledEmbedding(*vocabulary, config.embedding_scale)
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i, backend) for i in range(config.num_layers))
-        self.norm = build_norm(config, config.hidden_size)
+        self.norm = build_norm(config, backend, config.hidden_size)
         self.lm_head = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

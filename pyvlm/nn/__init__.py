@@ -10,6 +10,7 @@ from pyvlm.nn.loss import LinearCrossEntropy
 from pyvlm.nn.moe import MoE, MoEStats
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
+from pyvlm.nn.norm import RMSNorm, UnitOffsetRMSNorm
 from pyvlm.nn.partial_lora import ImageTokens, PartialLoRALinear
 from pyvlm.nn.projector import build_projector
 from pyvlm.nn.qformer import QFormer, QFormerFusion
@@ -31,12 +32,14 @@ __all__ = [
     "PatchesToToken",
     "QFormer",
     "QFormerFusion",
+    "RMSNorm",
     "Resampler",
     "RouterOptions",
     "SoftMoE",
     "SpanAttention",
     "SpatialVisionAggregator",
     "TokenGroups",
+    "UnitOffsetRMSNorm",
     "build_projector",
     "rotary_tables",
 ]

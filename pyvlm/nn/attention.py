@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvlm.layout import AttentionSpans
+from pyvlm.nn.norm import RMSNorm
 from pyvlm.nn.partial_lora import ImageTokens, project
 from pyvlm.ops.attention import span_attention
 
@@ -133,7 +134,7 @@ class SpanAttention(nn.Module):
         bias: bool = False,
         out_bias: bool | None = None,
         qk_norm: Literal["head", "all"] | None = None,
-        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        norm: Callable[[int], nn.Module] = RMSNorm,
         scale: float | None = None,
         softcap: float | None = None,
         sinks: bool = False,

@@ -1,10 +1,31 @@
-"""The norm of the Gemma models."""
+"""RMSNorm, and that of the Gemma models."""
 
 import torch
 from torch import Tensor, nn
 
+from pyvlm.ops import rms_norm
 
-class UnitOffsetRMSNorm(nn.RMSNorm):
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) · weight in one pass (arXiv 1910.07467), with the parameters of `torch.nn.RMSNorm`.
+
+    Args:
+        channels: the size of the last dimension, which is normalized.
+        eps: what is added to the mean of the squares.
+        backend: of `pyvlm.ops.rms_norm`.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6, backend: str = "auto") -> None:
+        super().__init__(channels, eps)
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., C] → [.., C] in the wider dtype of x and the weight."""
+        wide = x if x.dtype == self.weight.dtype else x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return rms_norm(wide, self.weight, self.eps or 0.0, backend=self.backend)
+
+
+class UnitOffsetRMSNorm(RMSNorm):
     """RMSNorm whose weight is stored less 1: x / rms(x) · (1 + weight) (Gemma, arXiv 2403.08295).
 
     Near 1 a half-precision weight has few digits, near 0 many; so the sum is made in float32 or wider.
@@ -14,6 +35,5 @@ class UnitOffsetRMSNorm(nn.RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = 1 + self.weight.to(wide)
-        return nn.functional.rms_norm(x.to(wide), self.normalized_shape, scale, self.eps).to(x.dtype)
+        """[.., C] → [.., C] in the dtype of x."""
+        return rms_norm(x, self.weight, self.eps or 0.0, unit_offset=True, backend=self.backend)

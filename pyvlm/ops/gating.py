@@ -57,7 +57,7 @@ def gated_activation(
 
 
 def _plainly_right(gate: Any, up: Any) -> bool:
-    """What nearly all calls are; a look at each shape by its letters takes longer than a token's activations."""
+    """What nearly all calls are; a look at each shape by its letters takes longer than a token's values."""
     return (
         isinstance(gate, Tensor)
         and isinstance(up, Tensor)

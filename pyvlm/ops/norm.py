@@ -53,7 +53,7 @@ def rms_norm(
 
 
 def _plainly_right(x: Any, weight: Any) -> bool:
-    """What nearly all calls are; a look at each shape by its letters takes as long as a token's whole norm."""
+    """What nearly all calls are; a look at each shape by its letters takes as long as a token's norm."""
     return (
         isinstance(x, Tensor)
         and x.dim() > 0
