@@ -1,7 +1,8 @@
-// The torch side of span attention: schemas, CPU kernels and autocast rules.
+// The torch side of span attention and of finding spans: schemas, CPU kernels and autocast rules.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "attention/mask_runs.h"
 #include "attention/span_attention.h"
 
 TORCH_LIBRARY_FRAGMENT(pyvlm, m) {
@@ -15,11 +16,13 @@ TORCH_LIBRARY_FRAGMENT(pyvlm, m) {
       "Tensor key_class, int[] range_classes, bool separate, float scale, float softcap, Tensor? sinks, "
       "Tensor out, Tensor stream_out, Tensor lse) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor "
       "grad_sinks)");
+  m.def("mask_runs(Tensor seen) -> (Tensor first, Tensor rest, Tensor count, Tensor beyond)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {
   m.impl("span_attention", &pyvlm::span_attention_cpu);
   m.impl("span_attention_backward", &pyvlm::span_attention_backward_cpu);
+  m.impl("mask_runs", &pyvlm::mask_runs_cpu);
 }
 
 namespace {
