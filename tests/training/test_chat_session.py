@@ -165,6 +165,7 @@ class Terminal:
         self.seen = ""
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in the background
             os.execv(command[0], command)
 
     def wait_for(self, pattern, seconds=60):
