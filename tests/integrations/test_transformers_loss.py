@@ -189,6 +189,21 @@ def test_without_labels_logits_are_plain() -> None:
     assert torch.equal(ours.generate(b["input_ids"], **options), plain.generate(b["input_ids"], **options))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_last_token_of_a_row_comes_to_the_head_as_its_own(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a view of it torch copies the weight, though for one row the view counts as contiguous."""
+    model = build("llama")
+    apply(model)
+    met, plain = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: met.append(x.stride()) or plain(x, *rest))
+    hidden = torch.randn(rows, 7, 32)[:, -1:]
+    expected = plain(hidden, model.lm_head.weight)
+    assert torch.equal(model.lm_head(hidden), expected)
+    assert met == [(32, 32, 1)]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_with_labels(mode: Callable[[], Any]) -> None:
     plain, ours = build("llama").eval(), build("llama").eval()
