@@ -18,7 +18,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pyvlm.integrations.transformers import gated_mlp
-from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS
+from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS, PIECE
 from pyvlm.integrations.transformers.replacement import home_of
 
 
@@ -118,6 +118,33 @@ def test_a_gate_that_a_hook_saw_is_not_overwritten() -> None:
     with torch.no_grad():
         module(x)
         assert torch.equal(seen[0], nn.functional.linear(x, module.gate_proj.weight))
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (2 * PIECE + 1, 24), (3, PIECE, 24)])
+def test_without_gradients_tokens_go_through_in_pieces(shape: tuple[int, ...]) -> None:
+    module, x = make(), torch.randn(shape)
+    expected = module(x).detach()
+    GATED_MLPS.apply(module)
+    sizes: list[int] = []
+    project = module._project
+    module._project = lambda x: sizes.append(x.shape[0]) or project(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected)
+    assert sum(sizes) == x.numel() // 24
+    assert all(size <= PIECE for size in sizes)
+    sizes.clear()
+    module(x)
+    assert len(sizes) == 1  # for a gradient all is kept anyway
+
+
+@pytest.mark.parametrize("watch", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_projection_that_is_watched_is_called_once(watch: str) -> None:
+    module, calls = make(), []
+    GATED_MLPS.apply(module)
+    getattr(module.up_proj, watch)(lambda module, *seen: calls.append(seen[0][0].shape))
+    with torch.no_grad():
+        module(torch.randn(2 * PIECE, 24))
+    assert calls == [(2 * PIECE, 24)]
 
 
 def test_frozen_projections_are_not_overwritten_where_the_input_learns() -> None:

@@ -16,6 +16,10 @@ from pyvlm.integrations.transformers.experts import activation_name
 from pyvlm.integrations.transformers.replacement import Served
 from pyvlm.ops import gated_activation
 
+# Tokens at once where no gradient is needed. Of 2,436 tokens of Gemma 3 1B 600 at once take 150 ms in bf16,
+# 360 in fp32; all at once 162 and 465, and 73 and 146 MB in place of 27 and 42; 256 are 4 to 8 % slower.
+PIECE = 800
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) · up(x))."""
@@ -26,6 +30,15 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C]."""
+        few = x.numel() <= PIECE * x.shape[-1]
+        if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._is_watched():
+            return self._project(x)
+        rows = x.reshape(-1, x.shape[-1])
+        pieces = rows.tensor_split(-(-rows.shape[0] // PIECE))
+        out = torch.cat([self._project(piece) for piece in pieces])
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _project(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         activation = activation_name(_function_of(self))
         assert activation is not None, "it was asked for before this class was given"
@@ -40,6 +53,13 @@ class GatedMLP(nn.Module):
             or self.gate_proj._forward_hooks
             or gate.dtype != up.dtype
             or torch.compiler.is_compiling()
+        )
+
+    def _is_watched(self) -> bool:
+        """Whether somebody looks at a projection's calls, or loads its weight for each, and wants one."""
+        return any(
+            layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+            for layer in (self.gate_proj, self.up_proj, self.down_proj)
         )
 
 
