@@ -110,29 +110,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor | None, float, bool], output: tuple[Tensor, Tensor]
-) -> None:
-    x, weight, _, ctx.unit_offset = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_y: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None, None]:
-    if grad_y is None:
-        return None, None, None, None
-    want_x, want_weight = ctx.needs_input_grad[:2]
-    grad_x, grad_weight = torch.ops.pyvlm.rms_norm_backward(
-        grad_y, *ctx.saved_tensors, ctx.unit_offset, want_x, want_weight
-    )
-    return grad_x if want_x else None, grad_weight if want_weight else None, None, None
-
-
-if _native.C is not None:  # it defines the schemas
+if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/norm.cpp)
     torch.library.register_fake("pyvlm::rms_norm", _fake)
     torch.library.register_fake("pyvlm::rms_norm_backward", _fake_backward)
-    torch.library.register_autograd("pyvlm::rms_norm", _backward, setup_context=_setup_context)
     _backends.refuse_second_derivative("rms_norm")
