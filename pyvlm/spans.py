@@ -3,7 +3,7 @@
 Shapes: B batch, Q queries, K keys, R ranges a query (1 or 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,7 @@ class AttentionSpans:
         key_class: uint8 [B, K], the class of each key: 0 padding, 1 text, 2 image, up to 7.
         range_classes: R bitmasks, bit c set where the range sees keys of class c; never bit 0 (padding).
         separate: one softmax a range (multimodal causal attention) instead of one over all of them.
+        values_known: not kept; the values are right by their making and need not be read.
 
     Raises:
         TypeError: a wrong dtype.
@@ -41,8 +42,9 @@ class AttentionSpans:
     key_class: Tensor
     range_classes: tuple[int, ...]
     separate: bool
+    values_known: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, values_known: bool) -> None:
         bounds, key_class = self.bounds, self.key_class
         expect_dtype("bounds", bounds, torch.int32)
         expect_dtype("key_class", key_class, torch.uint8)
@@ -65,7 +67,7 @@ class AttentionSpans:
                     f"range_classes={self.range_classes!r}: each must be an int with no bits but 1 to "
                     f"{MAX_CLASS} (bit c: sees class c; class 0, padding, is never seen)"
                 )
-        if is_readable(bounds):
+        if not values_known and is_readable(bounds):
             self._check_values()
 
     def _check_values(self) -> None:

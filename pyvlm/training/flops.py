@@ -20,12 +20,13 @@ from pyvlm.layout import IMAGE, TEXT, TokenLayout
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.encoders import Pair
 from pyvlm.models.inputs import default_layout, next_labels
-from pyvlm.models.language import DecoderLayer
+from pyvlm.models.language import DecoderLayer, SwiGLU
 from pyvlm.models.processor import IGNORED
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe import MoE
 from pyvlm.nn.moe_options import TEXT_ROW, RouterOptions, Share
 from pyvlm.nn.moe_routing import TokenGroups
+from pyvlm.ops._backends import resolve
 from pyvlm.training.products import Cost, count_products
 
 VISION_SIDE = ("vision", "fusion", "connector")
@@ -201,7 +202,7 @@ class Walk:
             elif isinstance(module, nn.Linear):
                 part, rows = self.kind_of(path)
                 self.product(part, rows, module.weight)
-                self.save_around(path, part, rows, module)
+                self.save_around(layer, path, part, rows, module)
             elif path.endswith("_norm") and not isinstance(module, nn.Identity):
                 self.norm("mlp" if path.startswith("mlp") else "projections", module)
             self.needs_grad |= any(p.requires_grad for p in module.parameters(recurse=False))
@@ -224,7 +225,7 @@ class Walk:
     def save(self, part: str, elements: int) -> None:
         self.costs[part] += Cost(saved=elements)
 
-    def save_around(self, path: str, part: str, rows: int, linear: nn.Linear) -> None:
+    def save_around(self, layer: DecoderLayer, path: str, part: str, rows: int, linear: nn.Linear) -> None:
         """What a linear layer keeps, its input, and what the gate behind it does."""
         if linear.weight.requires_grad and not path.startswith("attention.o_proj"):  # attention keeps that
             self.save(part, rows * linear.in_features)
@@ -233,16 +234,16 @@ class Walk:
             and part == "mlp"
             and (self.needs_grad or linear.weight.requires_grad)
         ):
-            self.save(part, rows * linear.out_features * 3 // 2)  # both halves, and the gate's activation
+            # Both halves; where no kernel computes the gate's activation again, that too.
+            halves = 3 if _gates_in_passes(layer.mlp) else 2
+            self.save(part, rows * linear.out_features * halves // 2)
 
     def norm(self, part: str, module: nn.Module) -> None:
-        """A norm keeps its input and its scale; one that learns, on CPU, the normalised input too."""
+        """A norm keeps its input, and a number a token."""
         channels, learns = sum(p.numel() for p in module.parameters(recurse=False)), _learns(module)
         if self.needs_grad or learns:
             self.save(part, self.workload.tokens * (channels + 1))
-        if learns:
-            self.save(part, self.workload.tokens * channels)
-        self.needs_grad |= _learns(module)
+        self.needs_grad |= learns
 
     def attention(self, layer: DecoderLayer, pairs: int, streams: int) -> None:
         attention = layer.attention
@@ -323,6 +324,12 @@ def moe_layers(model: VLM) -> list[MoE]:
 
 def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, start=Cost())
+
+
+def _gates_in_passes(mlp: nn.Module) -> bool:
+    """Whether a SwiGLU has no kernel on the devices of this machine, and runs as PyTorch's passes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return isinstance(mlp, SwiGLU) and resolve("gated_activation", mlp.backend, device) == "reference"
 
 
 def _learns(module: nn.Module) -> bool:

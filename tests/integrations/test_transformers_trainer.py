@@ -77,7 +77,7 @@ def test_trainer(case: str, tmp_path: Path) -> None:
     plain = train(build("llama, tied"), tmp_path / "plain", **CASES[case])
     model = build("llama, tied")
     served = {change.part for change in pyvlm.accelerate(model).changes if change.kernel is not None}
-    assert served == {"attention", "mlp", "loss"}
+    assert served == {"attention", "mlp", "norm", "loss"}
     ours = train(model, tmp_path / "ours", **CASES[case])
     assert plain.computed == {True}
     # LabelSmoother takes the labels away and reads the logits.

@@ -20,6 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from pyvlm.integrations.transformers.changes import Change
 from pyvlm.integrations.transformers.masks import (
     dense_spans,
+    keep_spans,
+    kept_spans,
     plain_spans,
     sequence_spans,
     spans_mask,
@@ -162,14 +164,16 @@ def _attention(
     name: str = module.config._attn_implementation  # type: ignore[union-attr,assignment]
     if attention_mask is not None:
         rule = RULES_BY_NAME.get(name)
-        spans = _kept(attention_mask, queries, keys, lambda: _spans_of(attention_mask, queries, keys, rule))
+        use = (queries, keys, None if rule is None else name)
+        spans = _kept(attention_mask, use, lambda: _spans_of(attention_mask, queries, keys, rule))
     elif name in RULES_BY_NAME:
         raise ValueError(
             f'{type(module).__name__} runs on "{name}" without a mask of this rule: set the rule with '
             "pyvlm.accelerate(model, attention_rule=...)"
         )
     elif cu_seq_lens_q is not None:
-        spans = _kept(cu_seq_lens_q, queries, keys, lambda: sequence_spans(cu_seq_lens_q, queries))
+        use = (queries, keys, None)
+        spans = _kept(cu_seq_lens_q, use, lambda: sequence_spans(cu_seq_lens_q, queries))
     elif name == PACKED_NAME:
         # Older Pixtral says by position ids alone where an image ends.
         raise ValueError(
@@ -231,7 +235,9 @@ def _spans_of(mask: Tensor, queries: int, keys: int, rule: AttentionSpans | None
     return dense_spans(mask[..., :keys])
 
 
-def _kept(tensor: Tensor, queries: int, keys: int, make: Callable[[], AttentionSpans]) -> AttentionSpans:
+def _kept(
+    tensor: Tensor, use: tuple[int, int, str | None], make: Callable[[], AttentionSpans]
+) -> AttentionSpans:
     """The spans of a mask, made in the first layer and kept with the tensor for all others.
 
     They are made anew once the tensor was written to, which a mask of the caller's own may be between two
@@ -240,12 +246,10 @@ def _kept(tensor: Tensor, queries: int, keys: int, make: Callable[[], AttentionS
     of_integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if torch.compiler.is_compiling() or (tensor.is_inference() and not of_integers):
         return make()
-    key = (None if tensor.is_inference() else tensor._version, queries, keys)
-    kept = getattr(tensor, "pyvlm_spans", None)
-    if kept is None or kept[0] != key:
-        kept = (key, make())
-        tensor.pyvlm_spans = kept  # type: ignore[attr-defined]
-    spans: AttentionSpans = kept[1]
+    spans = kept_spans(tensor, use)
+    if spans is None:
+        spans = make()
+        keep_spans(tensor, use, spans)
     return spans
 
 

@@ -50,7 +50,7 @@ def spans_mask(
         end = torch.arange(1, q_length + 1, device=device) + (past - kv_offset)
         end = end.clamp(0, kv_length).to(torch.int32).expand(batch_size, -1)
         bounds = torch.stack([torch.zeros_like(end), end], -1).unsqueeze(2)
-        return pack_spans(bounds, real)
+        return _carrier(bounds, real)
 
     def rows(start: int, stop: int) -> Tensor:
         mask = sdpa_mask(
@@ -67,7 +67,7 @@ def spans_mask(
         assert mask is not None  # it may be None only where a skip is allowed
         return mask[:, 0]
 
-    return pack_spans(*_find_ranges(rows, q_length, real))
+    return _carrier(*_find_ranges(rows, q_length, real))
 
 
 def dense_spans(mask: Tensor) -> AttentionSpans:
@@ -108,6 +108,31 @@ def pack_spans(bounds: Tensor, key_class: Tensor) -> Tensor:
     classes = torch.nn.functional.pad(key_class.to(torch.int32), (0, keys % 2))
     classes = classes.view(batch, 1, -1, 2).expand(-1, ranges, -1, -1)
     return torch.cat([bounds.movedim(2, 1), classes], dim=2)
+
+
+def _carrier(bounds: Tensor, key_class: Tensor) -> Tensor:
+    """Packed spans that know what they were packed from, until they are copied or written to."""
+    mask = pack_spans(bounds, key_class)
+    if not torch.compiler.is_compiling():
+        joint = JOINT[bounds.shape[2]]
+        spans = AttentionSpans(bounds, key_class, joint, separate=False, values_known=True)
+        keep_spans(mask, (bounds.shape[1], key_class.shape[1], None), spans)
+    return mask
+
+
+def keep_spans(mask: Tensor, use: tuple[int, int, str | None], spans: AttentionSpans) -> None:
+    """Keeps the spans of a mask with it, for one use: queries, keys, and the name of a rule or None."""
+    mask.pyvlm_spans = (_version(mask), use, spans)  # type: ignore[attr-defined]
+
+
+def kept_spans(mask: Tensor, use: tuple[int, int, str | None]) -> AttentionSpans | None:
+    """What `keep_spans` kept for this use, unless the mask was written to since."""
+    version, kept_use, spans = getattr(mask, "pyvlm_spans", (None, None, None))
+    return spans if kept_use == use and version == _version(mask) else None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def unpack_spans(
