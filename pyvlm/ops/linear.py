@@ -4,8 +4,6 @@ Shape legend
     K features of x · N features of y · x has any dimensions before its features
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -59,20 +57,7 @@ def _fake_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, _ = inputs
-    # Each is kept for the other's gradient alone.
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    grads = torch.ops.pyvlm.linear_backward(grad_y, x, weight, list(ctx.needs_input_grad))
-    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
-
-
-if _native.C is not None:  # it defines the schemas
+if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/linear.cpp)
     torch.library.register_fake("pyvlm::linear", _fake)
     torch.library.register_fake("pyvlm::linear_backward", _fake_backward)
-    torch.library.register_autograd("pyvlm::linear", _backward, setup_context=_setup_context)
     _backends.refuse_second_derivative("linear")

@@ -21,6 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from pyvlm._autocast import autocasts
 from pyvlm.integrations.transformers.changes import Change
 from pyvlm.integrations.transformers.lazy_logits import LazyLogits, Source, lazy_logits
+from pyvlm.nn.linear import FEWEST_TOKENS, few_tokens
 from pyvlm.ops.loss import linear_cross_entropy
 
 _LOG = logging.getLogger(__name__)
@@ -63,17 +64,17 @@ class _LazyHead(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         # FSDP makes a subclass of it, and takes the weight away after its forward.
-        if (
-            self.call is None
-            or type(self) is not _LazyHead
-            or not _can_be_lazy(input, self.weight, self.bias)
-        ):
-            # For a view of the last tokens torch copies the whole weight, 6 % of a prefill in bf16: also for
-            # that of one row, which counts as contiguous, whatever its strides. Viewed again it has its own.
-            return super().forward(input.contiguous().view(input.shape))
-        logits = lazy_logits(input, self.weight, self.bias)
-        self.call.logits.append(logits)
-        return logits
+        ordinary = type(self) is _LazyHead and _can_be_lazy(input, self.weight, self.bias)
+        if ordinary and self.call is not None:
+            logits = lazy_logits(input, self.weight, self.bias)
+            self.call.logits.append(logits)
+            return logits
+        # For a view of the last tokens torch copies the whole weight, 6 % of a prefill in bf16: also for that
+        # of one row, which counts as contiguous, whatever its strides. Viewed again it has its own.
+        rows = input.contiguous().view(input.shape)
+        if ordinary and not torch.is_grad_enabled() and rows.numel() < FEWEST_TOKENS * self.in_features:
+            return few_tokens(rows, self.weight, self.bias)
+        return super().forward(rows)
 
 
 def _can_be_lazy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
