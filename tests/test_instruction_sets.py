@@ -21,6 +21,7 @@ TESTS = {
     "experts": ("tests/moe/test_expert_mlp_native.py", "sizes or kinds or depth"),
     "image rows": ("tests/fusion/test_placement_native.py", "cases or any_mask or often"),
     "gating": ("tests/fusion/test_gated_activation.py", "activation or views or any_sizes"),
+    "linear": ("tests/fusion/test_linear_native.py", "few"),
     "norm": ("tests/fusion/test_rms_norm.py", "dtypes or views or any_sizes"),
     "loss": ("tests/fusion/test_linear_cross_entropy_native.py", "sizes or options"),
 }

@@ -8,9 +8,10 @@ from fusion.linear_cases import SMALL_CASES, LinearCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 
+from pyvlm.nn import Linear
 from pyvlm.ops import linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,6 +88,38 @@ def test_views(view: str, dtype: torch.dtype) -> None:
         assert tensor.equal(expected[name]), name
 
 
+@pytest.mark.parametrize("features", [1, 31, 32, 257])
+@pytest.mark.parametrize("tokens", range(1, 10))  # up to eight the weight is read once
+def test_few_tokens(tokens: int, features: int) -> None:
+    assert_right(*LinearCase("", "", tokens, features, 70).inputs(torch.float32))
+
+
+def test_few_tokens_of_views() -> None:
+    x, weight = torch.randn(4, 2, 70)[..., 3:40], torch.randn(90, 120)[::2, 5:42]
+    expected = linear(x.contiguous(), weight.contiguous(), backend="native")
+    assert linear(x, weight, backend="native").equal(expected)
+    turned = weight.t().contiguous().t()  # torch's product
+    assert_close(linear(x, turned, backend="native"), x.double() @ weight.double().mT, expected)
+
+
+def test_of_few_tokens_each_has_the_bits_it_has_alone() -> None:
+    x, weight, bias = LinearCase("", "", 8, 300, 500).inputs(torch.float32)
+    together = linear(x, weight, bias, "native")
+    for token, alone in zip(x, together, strict=True):
+        assert linear(token, weight, bias, "native").equal(alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modules_of_few_tokens(dtype: torch.dtype) -> None:
+    x, weight, bias = LinearCase("", "", 2, 40, 30).inputs(dtype)
+    layer = Linear(40, 30, dtype=dtype)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    plain = nn.functional.linear(x, weight, bias)
+    assert_close(layer(x).detach(), x.double() @ weight.double().T + bias.double(), plain)
+    (grad,) = torch.autograd.grad(layer(x).sum(), layer.bias)
+    assert grad.equal(torch.full((30,), 2, dtype=dtype))
+
+
 def test_a_gradient_that_is_one_number_everywhere() -> None:
     x, weight = torch.randn(128, 128, requires_grad=True), torch.randn(128, 128, requires_grad=True)
     linear(x, weight, backend="native").sum().backward()
@@ -149,7 +182,7 @@ def test_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("tokens", [3, 140], ids=["torch's product", "own product"])
+@pytest.mark.parametrize("tokens", [3, 140], ids=["few tokens", "many"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype, tokens: int, bias: bool) -> None:
     x, weight, b = LinearCase("", "", tokens, 96, 100).inputs(dtype)
