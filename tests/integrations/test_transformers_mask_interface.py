@@ -23,7 +23,13 @@ from transformers.masking_utils import (
 )
 
 from pyvlm.integrations.transformers import masks
-from pyvlm.integrations.transformers.masks import dense_spans, pack_spans, spans_mask, unpack_spans
+from pyvlm.integrations.transformers.masks import (
+    dense_spans,
+    kept_spans,
+    pack_spans,
+    spans_mask,
+    unpack_spans,
+)
 
 BATCH, TOKENS = 2, 12
 
@@ -140,3 +146,21 @@ def test_packed_spans_come_back_and_cut_ones_are_refused() -> None:
     assert torch.equal(back.key_class, spans.key_class)
     with pytest.raises(ValueError, match="the model cut or changed the mask"):
         unpack_spans(packed[:, :, :, :1], 4, 7)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_mask_knows_its_spans_until_it_is_written_to_or_copied(window: int | None) -> None:
+    rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    real = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    mask = spans_mask(2, 4, 6, 2, mask_function=rule, attention_mask=real)
+    kept = kept_spans(mask, (4, 6, None))
+    packed = unpack_spans(mask, 4, 6)
+    assert kept is not None
+    assert torch.equal(kept.bounds, packed.bounds)
+    assert torch.equal(kept.key_class, packed.key_class)
+    assert kept.range_classes == packed.range_classes
+    for other in ((3, 6, None), (4, 5, None), (4, 6, "pyvlm_mmca")):
+        assert kept_spans(mask, other) is None
+    assert kept_spans(mask.clone(), (4, 6, None)) is None
+    mask[:, :, 0] = 0
+    assert kept_spans(mask, (4, 6, None)) is None

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
 
-from integrations.transformers_models import FAMILIES
 from tolerance import assert_close
 
 from pyvlm.integrations.transformers import norms
@@ -78,21 +77,14 @@ def test_mixed_dtypes_give_the_dtype_they_gave(name: str, of_weight: torch.dtype
         torch.testing.assert_close(result, expected[what], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_vl", "llama4"])
-def test_models_give_their_own_logits_and_undo_is_exact(name: str) -> None:
-    model = FAMILIES[name].model()
-    batch = FAMILIES[name].batch(model)
-    classes = [type(module) for module in model.modules()]
-    expected = model(**batch).logits
-    changes = norms.apply(model)
-    assert changes
-    assert all(change.kernel for change in changes)
-    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-    assert norms.apply(model) == []  # they are served already
-    for change in changes:
-        change.undo()
-    assert [type(module) for module in model.modules()] == classes
-    assert torch.equal(model(**batch).logits, expected)
+def test_undo_is_exact() -> None:
+    module, x = make("Gemma3RMSNorm"), torch.randn(5, 24)
+    original, expected = type(module), module(x)
+    (change,) = norms.apply(module)
+    assert norms.apply(module) == []  # it is served already
+    change.undo()
+    assert type(module) is original
+    assert torch.equal(module(x), expected)
 
 
 def test_training_keeps_no_float32_copies() -> None:
