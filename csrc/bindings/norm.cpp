@@ -68,9 +68,8 @@ std::tuple<at::Tensor, at::Tensor> with_gradient(const at::Tensor& x, const std:
 TORCH_LIBRARY_FRAGMENT(pyvlm, m) {
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, bool unit_offset) -> (Tensor y, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor rstd, bool unit_offset, bool "
-      "want_x, "
-      "bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor rstd, bool unit_offset, "
+      "bool want_x, bool want_weight) -> (Tensor grad_x, Tensor grad_weight)");
 }
 
 TORCH_LIBRARY_IMPL(pyvlm, CPU, m) {

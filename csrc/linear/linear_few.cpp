@@ -20,7 +20,7 @@ constexpr int64_t kAhead = 512;
 // out[t] = the products of one row of the weight with kTokens rows of x.
 template <int64_t kTokens>
 std::array<float, kTokens> row_products(const FewTokens& p, const float* w) {
-  constexpr int64_t kStep = 2 * V::size();
+  constexpr int64_t kStep = kRowStep<float>;
   std::array<std::array<V, 2>, kTokens> sums;
   for (auto& sum : sums) {
     sum = {V(0.f), V(0.f)};
@@ -28,11 +28,12 @@ std::array<float, kTokens> row_products(const FewTokens& p, const float* w) {
   int64_t k = 0;
   for (; k + kStep <= p.K; k += kStep) {
     __builtin_prefetch(w + k + kAhead);
-    const V w0 = V::loadu(w + k), w1 = V::loadu(w + k + V::size());
+    V w0, w1, x0, x1;
+    load_two(w + k, w0, w1);
     for (int64_t t = 0; t < kTokens; ++t) {
-      const float* x = p.x + t * p.K + k;
-      sums[t][0] = at::vec::fmadd(w0, V::loadu(x), sums[t][0]);
-      sums[t][1] = at::vec::fmadd(w1, V::loadu(x + V::size()), sums[t][1]);
+      load_two(p.x + t * p.K + k, x0, x1);
+      sums[t][0] = at::vec::fmadd(w0, x0, sums[t][0]);
+      sums[t][1] = at::vec::fmadd(w1, x1, sums[t][1]);
     }
   }
   std::array<float, kTokens> out;

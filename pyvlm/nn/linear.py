@@ -22,8 +22,12 @@ class Linear(nn.Linear):
 
 
 def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` of a decoded token, or a few, which the op is called for unchecked."""
-    if x.dtype == torch.float32 == weight.dtype and x.is_cpu and _native.C is not None:
+    """`torch.nn.functional.linear` of a decoded token, or a few, for which the op is called unchecked.
+
+    Where gradients may be wanted it is torch's, whose own can be differentiated again.
+    """
+    own = x.dtype == torch.float32 == weight.dtype and x.is_cpu and _native.C is not None
+    if own and not torch.is_grad_enabled():
         y: Tensor = torch.ops.pyvlm.linear(x, weight, bias)
         return y
     return nn.functional.linear(x, weight, bias)

@@ -24,8 +24,7 @@ class RMSNorm(nn.RMSNorm):
         """[.., C] → [.., C] in the wider dtype of x and the weight."""
         if resolve("rms_norm", self.backend, x.device) == "reference":  # CUDA has torch's own kernel
             return super().forward(x)
-        wide = x if x.dtype == self.weight.dtype else x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return rms_norm(wide, self.weight, self.eps or 0.0, backend=self.backend)
+        return promoting_rms_norm(x, self.weight, self.eps or 0.0, self.backend)
 
 
 class UnitOffsetRMSNorm(RMSNorm):
@@ -40,3 +39,9 @@ class UnitOffsetRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C] in the dtype of x."""
         return rms_norm(x, self.weight, self.eps or 0.0, unit_offset=True, backend=self.backend)
+
+
+def promoting_rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
+    """`pyvlm.ops.rms_norm` in the wider dtype of x and the weight, as PyTorch's operators promote them."""
+    wide = x if x.dtype == weight.dtype else x.to(torch.promote_types(x.dtype, weight.dtype))
+    return rms_norm(wide, weight, eps, backend=backend)

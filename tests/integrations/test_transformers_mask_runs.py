@@ -13,8 +13,6 @@ from pyvlm import _native
 from pyvlm.integrations.transformers import masks
 from pyvlm.integrations.transformers.masks import mask_runs_torch, spans_mask
 
-needs_the_extension = pytest.mark.skipif(_native.C is None, reason="the extension is not built")
-
 
 @st.composite
 def rows(draw: st.DrawFn, keys: int) -> list[bool]:
@@ -80,7 +78,6 @@ def test_plain_pytorch_compiles() -> None:
     assert_equal(compiled(seen), mask_runs_torch(seen))
 
 
-@needs_the_extension
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(seen=dense_masks())
 @example(seen=torch.ones(2, 3, 7, dtype=torch.bool))
@@ -90,7 +87,6 @@ def test_the_op_finds_what_plain_pytorch_finds(layout: str, seen: Tensor) -> Non
     assert_equal(torch.ops.pyvlm.mask_runs(seen), mask_runs_torch(seen))
 
 
-@needs_the_extension
 @pytest.mark.parametrize("shape", [(1, 3000, 1024), (3, 999, 1025)], ids=["one sample", "parts of samples"])
 def test_threads_share_large_masks(shape: tuple[int, int, int]) -> None:
     """Masks that are worth two threads: each row lands in its place, the marks of both are put together."""
@@ -100,13 +96,11 @@ def test_threads_share_large_masks(shape: tuple[int, int, int]) -> None:
     assert_equal(torch.ops.pyvlm.mask_runs(seen), mask_runs_torch(seen))
 
 
-@needs_the_extension
 def test_opcheck() -> None:
     for layout in LAYOUTS.values():
         torch.library.opcheck(torch.ops.pyvlm.mask_runs.default, (layout(torch.rand(2, 3, 9) < 0.5),))
 
 
-@needs_the_extension
 def test_bad_input_is_refused() -> None:
     for seen in (torch.ones(2, 3, 4), torch.ones(3, 4, dtype=torch.bool)):
         with pytest.raises(
@@ -115,7 +109,7 @@ def test_bad_input_is_refused() -> None:
             torch.ops.pyvlm.mask_runs(seen)
 
 
-@pytest.mark.parametrize("extension", [pytest.param(True, marks=needs_the_extension), False])
+@pytest.mark.parametrize("extension", [True, False])
 def test_each_row_is_looked_at_once(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where several pieces are needed; with the extension and without, the result is the same."""
     calls = []

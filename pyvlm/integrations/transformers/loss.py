@@ -72,7 +72,7 @@ class _LazyHead(nn.Linear):
         # For a view of the last tokens torch copies the whole weight, 6 % of a prefill in bf16: also for that
         # of one row, which counts as contiguous, whatever its strides. Viewed again it has its own.
         rows = input.contiguous().view(input.shape)
-        if ordinary and not torch.is_grad_enabled() and rows.numel() < FEWEST_TOKENS * self.in_features:
+        if ordinary and rows.numel() < FEWEST_TOKENS * self.in_features:
             return few_tokens(rows, self.weight, self.bias)
         return super().forward(rows)
 

@@ -6,11 +6,11 @@ in half precision; here backward has the input and one number a row.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pyvlm.integrations.transformers.changes import Change
 from pyvlm.integrations.transformers.replacement import Served
+from pyvlm.nn.norm import promoting_rms_norm
 from pyvlm.ops import rms_norm
 
 
@@ -21,8 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C]."""
-        wide = x if x.dtype == self.weight.dtype else x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return rms_norm(wide, self.weight, _eps(self))
+        return promoting_rms_norm(x, self.weight, _eps(self))
 
 
 class UnitOffsetRMSNorm(nn.Module):
@@ -36,7 +35,8 @@ class UnitOffsetRMSNorm(nn.Module):
 
 
 def _eps(module: Any) -> float:
-    eps: float = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    given = vars(module)  # what a module lacks takes it long to say
+    eps: float = given["eps"] if "eps" in given else given["variance_epsilon"]
     return eps
 
 
