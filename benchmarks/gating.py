@@ -1,4 +1,4 @@
-"""Gated activations beside PyTorch's two passes, and those under torch.compile.
+"""Activations, gated and plain, beside PyTorch's passes, and those under torch.compile.
 
 Shapes: M tokens, I channels.
 """
@@ -30,15 +30,18 @@ def workload(case: GatingCase, device: torch.device, dtype: torch.dtype) -> Work
         dtype=dtype,
         inputs=inputs,
         cotangent=torch.randn(case.tokens, case.channels, generator=generator).to(device, dtype),
-        # Backward reads both again and the gradient, and writes two.
-        costs={FORWARD: Cost(0, 3 * nbytes), TRAINING: Cost(0, 8 * nbytes)},
-        terms=(0.0,) * 3,
+        # Backward reads them again and the gradient, and writes as many.
+        costs={
+            FORWARD: Cost(0, (len(inputs) + 1) * nbytes),
+            TRAINING: Cost(0, (3 * len(inputs) + 2) * nbytes),
+        },
+        terms=(0.0,) * (len(inputs) + 1),
         payload=case,
     )
 
 
 def _op(backend: str, work: Workload) -> Function:
-    return lambda gate, up: gated_activation(gate, up, work.payload.activation, backend=backend)
+    return lambda gate, up=None: gated_activation(gate, up, work.payload.activation, backend=backend)
 
 
 def _pyvlm(work: Workload) -> Function:

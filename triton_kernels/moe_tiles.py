@@ -181,6 +181,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         value = 0.5 * x * (1 + bent)
         inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
         slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * inner_slope
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = 1 / (1 + tl.exp2(x * (-1.702 * LOG2E)))
+        value = x * sigmoid
+        slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
     elif ACTIVATION == "relu":
         value = tl.where(x < 0, 0.0, x)  # tl.maximum would lose NaN
         slope = tl.where(x > 0, 1.0, 0.0)

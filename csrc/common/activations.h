@@ -47,6 +47,13 @@ inline Vec<T> activate(const Vec<T>& x, Vec<T>* slope = nullptr) {
       *slope = at::vec::fmadd(y * (one - s), inner, s);
     }
     return y;
+  } else if constexpr (activation == Activation::quick_gelu) {
+    const V bend(T(1.702));  // OpenAI's CLIP: x sigmoid(1.702 x)
+    const V s = sigmoid<precision>(bend * x), y = x * s;
+    if (slope != nullptr) {
+      *slope = at::vec::fmadd(bend * y, one - s, s);
+    }
+    return y;
   } else {
     const V positive = at::vec::maximum(x, zero);
     if constexpr (activation == Activation::relu) {
@@ -73,6 +80,8 @@ void with_activation(Activation activation, const F& f) {
       return f(std::integral_constant<Activation, Activation::gelu>());
     case Activation::gelu_tanh:
       return f(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::quick_gelu:
+      return f(std::integral_constant<Activation, Activation::quick_gelu>());
     case Activation::relu:
       return f(std::integral_constant<Activation, Activation::relu>());
     case Activation::relu2:

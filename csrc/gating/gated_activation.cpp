@@ -24,15 +24,19 @@ void check(const at::Tensor& gate, const at::Tensor& other) {
               other.scalar_type(), " ", other.sizes(), "; expected floating-point tensors of one shape");
 }
 
+// Of an up that is not there, as of no rows: an undefined tensor.
+at::Tensor as_rows(const std::optional<at::Tensor>& up) { return up ? as_rows(*up) : at::Tensor(); }
+
 GatedProblem problem_of(const at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
   return {gate.size(0),       gate.size(1),  parse_activation(activation),
-          gate.scalar_type(), rows_of(gate), rows_of(up)};
+          gate.scalar_type(), rows_of(gate), up.defined() ? rows_of(up) : GatedRows{nullptr, 0}};
 }
 
 }  // namespace
 
-at::Tensor gated_activation_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
-  check(gate, up);
+at::Tensor gated_activation_cpu(const at::Tensor& gate, const std::optional<at::Tensor>& up,
+                                std::string_view activation) {
+  check(gate, up.value_or(gate));
   const at::Tensor y = make_empty(gate.sizes(), gate.options());
   if (y.numel() > 0) {
     const at::Tensor gate_rows = as_rows(gate), up_rows = as_rows(up);
@@ -42,8 +46,9 @@ at::Tensor gated_activation_cpu(const at::Tensor& gate, const at::Tensor& up, st
   return y;
 }
 
-void gated_activation_inplace_cpu(at::Tensor& gate, const at::Tensor& up, std::string_view activation) {
-  check(gate, up);
+void gated_activation_inplace_cpu(at::Tensor& gate, const std::optional<at::Tensor>& up,
+                                  std::string_view activation) {
+  check(gate, up.value_or(gate));
   if (gate.numel() == 0) {
     return;
   }
@@ -57,12 +62,13 @@ void gated_activation_inplace_cpu(at::Tensor& gate, const at::Tensor& up, std::s
 }
 
 std::tuple<at::Tensor, at::Tensor> gated_activation_backward_cpu(const at::Tensor& grad_y,
-                                                                 const at::Tensor& gate, const at::Tensor& up,
+                                                                 const at::Tensor& gate,
+                                                                 const std::optional<at::Tensor>& up,
                                                                  std::string_view activation) {
-  check(gate, up);
+  check(gate, up.value_or(gate));
   check(gate, grad_y);
   const at::Tensor grad_gate = make_empty(gate.sizes(), gate.options());
-  const at::Tensor grad_up = make_empty(gate.sizes(), gate.options());
+  const at::Tensor grad_up = make_empty(up ? gate.sizes() : at::IntArrayRef{0}, gate.options());
   if (gate.numel() > 0) {
     const at::Tensor gate_rows = as_rows(gate), up_rows = as_rows(up), grad_rows = as_rows(grad_y);
     const GatedProblem problem = problem_of(gate_rows, up_rows, activation);

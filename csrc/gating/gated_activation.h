@@ -1,5 +1,5 @@
-// Gated activations: y = act(gate) · up. The three functions that are registered as torch ops, and the
-// kernels' view of their tensors.
+// Gated activations: y = act(gate) · up, or act(gate) where there is no up. The three functions that are
+// registered as torch ops, and the kernels' view of their tensors.
 //
 // Letters, as in pyvlm/ops/gating.py: any dimensions before I, the channels.
 #pragma once
@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -16,14 +17,17 @@
 namespace pyvlm {
 
 // y [.., I] of gate and up [.., I].
-at::Tensor gated_activation_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view activation);
+at::Tensor gated_activation_cpu(const at::Tensor& gate, const std::optional<at::Tensor>& up,
+                                std::string_view activation);
 
 // The same, written over gate.
-void gated_activation_inplace_cpu(at::Tensor& gate, const at::Tensor& up, std::string_view activation);
+void gated_activation_inplace_cpu(at::Tensor& gate, const std::optional<at::Tensor>& up,
+                                  std::string_view activation);
 
-// Gradients of gate and up.
+// Gradients of gate and up; that of an up that is not there has no elements.
 std::tuple<at::Tensor, at::Tensor> gated_activation_backward_cpu(const at::Tensor& grad_y,
-                                                                 const at::Tensor& gate, const at::Tensor& up,
+                                                                 const at::Tensor& gate,
+                                                                 const std::optional<at::Tensor>& up,
                                                                  std::string_view activation);
 
 // Rows of I elements, `ld` apart.
@@ -32,7 +36,7 @@ struct GatedRows {
   int64_t ld;
 };
 
-// Outputs may be the inputs themselves: every element is read before it is written.
+// Outputs may be the inputs themselves: every element is read before it is written. No up: `up.data` is null.
 struct GatedProblem {
   int64_t rows, channels;
   Activation activation;

@@ -15,7 +15,17 @@ constexpr int64_t kGrain = 1 << 15;
 
 template <typename scalar_t>
 const scalar_t* row(const GatedRows& rows, int64_t r) {
-  return static_cast<const scalar_t*>(rows.data) + r * rows.ld;
+  return rows.data == nullptr ? nullptr : static_cast<const scalar_t*>(rows.data) + r * rows.ld;
+}
+
+// Two vectors of up, which are ones where there is none.
+template <typename acc_t, typename scalar_t>
+void load_up(const scalar_t* up, int64_t c, int64_t count, Vec<acc_t>& u0, Vec<acc_t>& u1) {
+  if (up != nullptr) {
+    load_row<acc_t>(up + c, count, acc_t(0), u0, u1);
+  } else {
+    u0 = u1 = Vec<acc_t>(acc_t(1));
+  }
 }
 
 // Calls f(activation, scalar, r) for all rows, with both as compile-time constants.
@@ -44,7 +54,7 @@ void gated_activation(const GatedProblem& p, void* y, int64_t y_ld) {
     for_row<acc_t>(p.channels, [&](int64_t c, int64_t count) {
       Vec<acc_t> g0, g1, u0, u1;
       load_row<acc_t>(gate + c, count, acc_t(0), g0, g1);
-      load_row<acc_t>(up + c, count, acc_t(0), u0, u1);
+      load_up(up, c, count, u0, u1);
       constexpr Precision precision = kPrecisionOf<scalar_t>;
       store_row<acc_t>(out + c, count, activate<activation.value, precision>(g0) * u0,
                        activate<activation.value, precision>(g1) * u1);
@@ -64,12 +74,14 @@ void gated_activation_backward(const GatedProblem& p, const GatedRows& grad_y, v
     for_row<acc_t>(p.channels, [&](int64_t c, int64_t count) {
       Vec<acc_t> g0, g1, u0, u1, d0, d1, slope0, slope1;
       load_row<acc_t>(gate + c, count, acc_t(0), g0, g1);
-      load_row<acc_t>(up + c, count, acc_t(0), u0, u1);
+      load_up(up, c, count, u0, u1);
       load_row<acc_t>(grad + c, count, acc_t(0), d0, d1);
       constexpr Precision precision = kPrecisionOf<scalar_t>;
       const Vec<acc_t> a0 = activate<activation.value, precision>(g0, &slope0);
       const Vec<acc_t> a1 = activate<activation.value, precision>(g1, &slope1);
-      store_row<acc_t>(to_up + c, count, d0 * a0, d1 * a1);
+      if (up != nullptr) {
+        store_row<acc_t>(to_up + c, count, d0 * a0, d1 * a1);
+      }
       store_row<acc_t>(to_gate + c, count, d0 * u0 * slope0, d1 * u1 * slope1);
     });
   });

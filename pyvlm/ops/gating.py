@@ -1,4 +1,4 @@
-"""Gated activations, the middle of a gated MLP (GLU variants, arXiv 2002.05202).
+"""Activations and gated ones, the middle of an MLP (GLU variants, arXiv 2002.05202).
 
 Shape legend
     I channels · gate and up have any dimensions before them
@@ -16,16 +16,17 @@ from pyvlm.reference import gating as reference
 
 
 def gated_activation(
-    gate: Tensor, up: Tensor, activation: str = "silu", inplace: bool = False, backend: str = "auto"
+    gate: Tensor, up: Tensor | None, activation: str = "silu", inplace: bool = False, backend: str = "auto"
 ) -> Tensor:
     """act(gate) · up in one pass, of which backward needs only gate and up: it computes the rest again.
 
-    PyTorch makes two passes, rounds between them, and keeps act(gate) as a third tensor.
+    PyTorch makes two passes or more, rounds between them, and keeps act(gate) as a third tensor.
 
     Args:
         gate: [.., I], any strides; half of a joint projection is read where it lies.
-        up: [.., I].
-        activation: "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "relu" (ReGLU) or "relu2" (its square).
+        up: [.., I], or None: act(gate) alone, for MLPs without gates.
+        activation: "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "quick_gelu" (CLIP's x · sigmoid(1.702 x)),
+            "relu" (ReGLU) or "relu2" (its square).
         inplace: writes the result over gate and returns that; only where no gradient is needed.
         backend: "auto", "reference" or "native".
 
@@ -40,9 +41,9 @@ def gated_activation(
     check_activation(activation)
     if not _plainly_right(gate, up):
         _check(gate, up)
-    if inplace and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if inplace and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up)):
         raise ValueError("gated_activation: inplace=True overwrites gate, which its gradient needs")
-    if gate.dtype != up.dtype:
+    if up is not None and gate.dtype != up.dtype:
         if inplace:
             raise ValueError(f"gated_activation: inplace=True, but gate is {gate.dtype} and up {up.dtype}")
         gate, up = (x.to(torch.promote_types(gate.dtype, up.dtype)) for x in (gate, up))
@@ -60,16 +61,21 @@ def _plainly_right(gate: Any, up: Any) -> bool:
     """What nearly all calls are; a look at each shape by its letters takes longer than a token's values."""
     return (
         isinstance(gate, Tensor)
-        and isinstance(up, Tensor)
         and gate.dim() > 0
-        and gate.shape == up.shape
-        and gate.dtype == up.dtype
         and gate.is_floating_point()
-        and gate.device == up.device
+        and (
+            up is None
+            or (
+                isinstance(up, Tensor)
+                and gate.shape == up.shape
+                and gate.dtype == up.dtype
+                and gate.device == up.device
+            )
+        )
     )
 
 
-def _check(gate: Tensor, up: Tensor) -> None:
+def _check(gate: Tensor, up: Tensor | None) -> None:
     dimensions = gate.dim() if isinstance(gate, Tensor) else 1
     if dimensions < 1:
         raise ValueError("gated_activation: gate has no dimensions, expected [.., I]")
@@ -77,27 +83,16 @@ def _check(gate: Tensor, up: Tensor) -> None:
     Shapes("gated_activation").check("gate", gate, letters).check("up", up, letters)
 
 
-def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _fake(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def _fake_backward(grad_y: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+def _fake_backward(grad_y: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    gate, up, ctx.activation = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_gate, grad_up = torch.ops.pyvlm.gated_activation_backward(grad_y, *ctx.saved_tensors, ctx.activation)
-    return grad_gate, grad_up, None
-
-
-if _native.C is not None:  # it defines the schemas
+if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/gating.cpp)
     torch.library.register_fake("pyvlm::gated_activation", _fake)
     torch.library.register_fake("pyvlm::gated_activation_", lambda gate, up, activation: None)
     torch.library.register_fake("pyvlm::gated_activation_backward", _fake_backward)
-    torch.library.register_autograd("pyvlm::gated_activation", _backward, setup_context=_setup_context)
     _backends.refuse_second_derivative("gated_activation")

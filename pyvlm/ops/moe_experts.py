@@ -18,7 +18,7 @@ from pyvlm.ops._moe_checks import check_experts, check_routing_values
 from pyvlm.ops.moe import Routing
 from pyvlm.reference import moe as reference
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
 def expert_mlp(
@@ -43,7 +43,7 @@ def expert_mlp(
         routing: of T tokens to E experts.
         gate_up: [E, 2I, H], gate rows first; [E, I, H] where not gated.
         down: [E, H, I].
-        activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (its square).
+        activation: "silu", "gelu" (erf), "gelu_tanh", "quick_gelu" (CLIP's), "relu" or "relu2" (its square).
         gate_up_bias: [E, 2I] or [E, I].
         down_bias: [E, H].
         backend: "auto", "reference", "native" or "triton".

@@ -16,16 +16,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def results(
-    gate: Tensor, up: Tensor, grad_y: Tensor, activation: str, backend: str, dtype: torch.dtype | None = None
+    gate: Tensor,
+    up: Tensor | None,
+    grad_y: Tensor,
+    activation: str,
+    backend: str,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The output and both gradients; `dtype` where it is not that of gate."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (gate, up)]
-    y = gated_activation(*leaves, activation, backend=backend)
-    grads = torch.autograd.grad(y, leaves, grad_y.to(y.dtype))
-    return {"y": y.detach()} | dict(zip(("gate", "up"), grads, strict=True))
+    """The output and the gradients of what is there; `dtype` where it is not that of gate."""
+    given = {"gate": gate, "up": up}
+    leaves = {
+        name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in given.items() if x is not None
+    }
+    y = gated_activation(leaves["gate"], leaves.get("up"), activation, backend=backend)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(y.dtype))
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
 
 
-def assert_right(gate: Tensor, up: Tensor, activation: str) -> None:
+def assert_right(gate: Tensor, up: Tensor | None, activation: str) -> None:
     grad_y = torch.randn(gate.shape).to(gate.dtype)
     actual = results(gate, up, grad_y, activation, "native")
     plain = results(gate, up, grad_y, activation, "reference")
@@ -39,12 +47,13 @@ def assert_right(gate: Tensor, up: Tensor, activation: str) -> None:
         assert overwritten.equal(actual["y"])
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation(activation: str, dtype: torch.dtype) -> None:
+def test_every_activation(activation: str, dtype: torch.dtype, gated: bool) -> None:
     # Large ones too, where exponentials leave the range of the dtype.
     gate = torch.cat([torch.randn(7, 83), 40 * torch.randn(6, 83), torch.zeros(1, 83)]).to(dtype)
-    assert_right(gate, torch.randn(14, 83).to(dtype), activation)
+    assert_right(gate, torch.randn(14, 83).to(dtype) if gated else None, activation)
 
 
 @settings(max_examples=60)
@@ -53,12 +62,14 @@ def test_any_sizes(data: st.DataObject) -> None:
     shape = [*data.draw(st.lists(st.integers(0, 9), max_size=3)), data.draw(st.integers(0, 130))]
     dtype = data.draw(st.sampled_from(DTYPES))
     activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
-    assert_right(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), activation)
+    up = torch.randn(shape).to(dtype) if data.draw(st.booleans()) else None
+    assert_right(torch.randn(shape).to(dtype), up, activation)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case: GatingCase) -> None:
-    assert_right(*(case.reduced() if case.large else case).inputs(torch.float32), case.activation)
+    gate, *up = (case.reduced() if case.large else case).inputs(torch.float32)
+    assert_right(gate, up[0] if up else None, case.activation)
 
 
 def test_more_elements_than_a_thread_takes() -> None:
@@ -88,6 +99,20 @@ def test_views(view: str, dtype: torch.dtype) -> None:
             assert gated_activation(joint, up.clone(), inplace=True, backend="native").equal(expected["y"])
 
 
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_without_a_gate(view: str) -> None:
+    x, _ = VIEWS[view](torch.randn(3, 8, 120))
+    grad_y = torch.randn(x.shape)
+    expected = results(x.contiguous(), None, grad_y, "quick_gelu", "native")
+    for name, tensor in results(x, None, grad_y, "quick_gelu", "native").items():
+        assert tensor.equal(expected[name]), name
+    if view != "one row for all":
+        with torch.no_grad():
+            assert gated_activation(x, None, "quick_gelu", inplace=True, backend="native").equal(
+                expected["y"]
+            )
+
+
 def test_a_gradient_that_is_one_number_everywhere() -> None:
     gate, up = (torch.randn(5, 40, requires_grad=True) for _ in range(2))
     gated_activation(gate, up, backend="native").sum().backward()
@@ -96,10 +121,11 @@ def test_a_gradient_that_is_one_number_everywhere() -> None:
     assert up.grad.equal(expected["up"])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu2"])
 def test_gradcheck(activation: str) -> None:
     leaves = [torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert gradcheck(lambda gate, up: gated_activation(gate, up, activation, backend="native"), leaves)
+    assert gradcheck(lambda x: gated_activation(x, None, activation, backend="native"), leaves[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -107,17 +133,21 @@ def test_opcheck(dtype: torch.dtype) -> None:
     gate, up, grad_y = (torch.randn(4, 40).to(dtype) for _ in range(3))
     leaves = [x.clone().requires_grad_() for x in (gate, up)]
     torch.library.opcheck(torch.ops.pyvlm.gated_activation, (*leaves, "silu"))
-    torch.library.opcheck(torch.ops.pyvlm.gated_activation_, (gate, up, "silu"))
+    torch.library.opcheck(torch.ops.pyvlm.gated_activation, (leaves[0], None, "silu"))
     # It has no second derivative.
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.pyvlm.gated_activation_backward, (grad_y, gate, up, "silu"), test_utils=utilities
-    )
+    for other in (up, None):
+        torch.library.opcheck(torch.ops.pyvlm.gated_activation_, (gate, other, "silu"))
+        torch.library.opcheck(
+            torch.ops.pyvlm.gated_activation_backward, (grad_y, gate, other, "silu"), test_utils=utilities
+        )
 
 
-def test_compiles_in_one_graph(fresh_compiler: None) -> None:
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_compiles_in_one_graph(gated: bool, fresh_compiler: None) -> None:
     def run(gate_up: Tensor) -> Tensor:
-        return gated_activation(*gate_up.chunk(2, dim=-1), "gelu_tanh")
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated_activation(gate, up if gated else None, "gelu_tanh")
 
     x = torch.randn(3, 70, requires_grad=True)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -138,6 +168,16 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(run[name].equal(runs[0][name]) for name in run)
+
+
+def test_gradients_of_one_alone() -> None:
+    gate, up, grad_y = (torch.randn(5, 40) for _ in range(3))
+    expected = results(gate, up, grad_y, "silu", "native")
+    for name in ("gate", "up"):
+        leaves = {"gate": gate.clone(), "up": up.clone()}
+        leaf = leaves[name].requires_grad_()
+        (grad,) = torch.autograd.grad(gated_activation(**leaves, backend="native"), leaf, grad_y)
+        assert grad.equal(expected[name])
 
 
 def test_only_gate_and_up_are_kept() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyvlm.ops import Routing, expert_choice, expert_mlp, token_choice
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Layer = dict[str, Tensor]

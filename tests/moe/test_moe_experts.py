@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": lambda x: x.clamp(min=0),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu2": lambda x: x.clamp(min=0) ** 2,
 }
 

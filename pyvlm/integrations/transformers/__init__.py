@@ -16,7 +16,7 @@ from pyvlm.integrations.transformers import attention, connectors, experts, norm
 from pyvlm.integrations.transformers import linear as linear_layers
 from pyvlm.integrations.transformers import loss as losses
 from pyvlm.integrations.transformers.changes import Change, Report
-from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS
+from pyvlm.integrations.transformers.mlp import MLPS
 
 __all__ = ["Change", "Report", "accelerate", "register", "restore"]
 
@@ -35,7 +35,7 @@ def accelerate(
 ) -> Report:
     """Puts a model of transformers on pyvlm's kernels, in place; weights and checkpoints stay as they are.
 
-    Attention, experts, gated MLPs, RMSNorms, the loss with the head before it, and the connectors that gain
+    Attention, experts, MLPs, RMSNorms, the loss with the head before it, and the connectors that gain
     by it. A model that was accelerated already is restored first.
 
     Args:
@@ -63,7 +63,7 @@ def accelerate(
         if attention_rule is not None:
             changes += rules.apply(model, attention_rule)
         # The loss wants a plain head, so it comes before the linear layers.
-        replaced = (GATED_MLPS.apply, norms.apply, connectors.apply)
+        replaced = (MLPS.apply, norms.apply, connectors.apply)
         for apply in (attention.apply, experts.apply, losses.apply, *replaced):
             changes += apply(model)
         if linear:

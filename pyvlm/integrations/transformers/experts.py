@@ -29,6 +29,7 @@ _ACTIVATIONS: dict[type[nn.Module] | Callable[..., Tensor], Any] = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
+    activations.QuickGELUActivation: "quick_gelu",
     nn.ReLU: "relu",
     F.relu: "relu",
     activations.ReLUSquaredActivation: "relu2",
@@ -185,7 +186,9 @@ def _why_no_kernel(experts: Any) -> str | None:
 
 
 def activation_name(function: Any) -> Any:
-    """The name that `expert_mlp` has for an activation, or None."""
+    """The name that pyvlm's ops have for an activation, or None."""
+    if type(function) is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
     key = type(function) if isinstance(function, nn.Module) else function
     return _ACTIVATIONS.get(key)
 

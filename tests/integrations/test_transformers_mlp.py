@@ -1,8 +1,10 @@
-"""Gated MLPs of transformers on pyvlm: every served class, gradients, what is left alone, and undoing it."""
+"""MLPs of transformers on pyvlm: every served class, gradients, what is left alone, and undoing it."""
 
 import copy
 import inspect
 import io
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +16,16 @@ pytest.importorskip("transformers", reason="transformers, an optional package, i
 from integrations.transformers_models import FAMILIES
 from tolerance import assert_close
 from transformers.activations import ACT2FN
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from pyvlm.integrations.transformers import gated_mlp
-from pyvlm.integrations.transformers.gated_mlp import GATED_MLPS, PIECE
+from pyvlm.integrations.transformers import mlp
+from pyvlm.integrations.transformers.mlp import MLPS, PIECE
 from pyvlm.integrations.transformers.replacement import home_of
+
+Make = Callable[..., nn.Module]
 
 
 def make(activation: str = "silu") -> LlamaMLP:
@@ -29,15 +35,32 @@ def make(activation: str = "silu") -> LlamaMLP:
     )
 
 
+def make_plain(activation: str = "quick_gelu") -> CLIPMLP:
+    torch.manual_seed(3)
+    return CLIPMLP(
+        CLIPVisionConfig(hidden_size=24, intermediate_size=40, num_attention_heads=4, hidden_act=activation)
+    )
+
+
+both = pytest.mark.parametrize("make", [make, make_plain], ids=["gated", "plain"])
+
+
 def like(original: type[nn.Module]) -> nn.Module:
     """A module of a served class, whatever its config is called: forward reads no more than this."""
     module = original.__new__(original)
     nn.Module.__init__(module)
     torch.manual_seed(4)
-    module.gate_proj, module.up_proj = nn.Linear(24, 40), nn.Linear(24, 40)
-    module.down_proj = nn.Linear(40, 24)
-    name = "activation_fn" if "activation_fn" in inspect.getsource(original) else "act_fn"
-    setattr(module, name, ACT2FN["gelu_pytorch_tanh" if "Gemma" in original.__name__ else "silu"])
+    source = inspect.getsource(original.forward)
+    for name in re.findall(r"self\.(\w*(?:proj|fc1|fc2))\(", source):
+        sizes = (40, 24) if name in ("down_proj", "fc2", "linear_fc2") else (24, 40)
+        module.add_module(name, nn.Linear(*sizes))
+    (name,) = re.findall(r"self\.(act\w*)\(", source)
+    gated = "gate_proj" in source
+    setattr(
+        module,
+        name,
+        ACT2FN["gelu_pytorch_tanh" if "Gemma" in original.__name__ else "silu"] if gated else nn.GELU(),
+    )
     return module
 
 
@@ -54,7 +77,7 @@ def assert_alike(module: nn.Module, dtype: torch.dtype) -> None:
     module, x = module.to(dtype), torch.randn(3, 7, 24).to(dtype)
     plain = results(module, x)
     expected = results(copy.deepcopy(module).double(), x.double())
-    (change,) = GATED_MLPS.apply(module)
+    (change,) = MLPS.apply(module)
     assert change.kernel == "pyvlm.ops.gated_activation"
     for name, result in results(module, x).items():
         assert_close(result, expected[name], plain[name], name)
@@ -63,14 +86,24 @@ def assert_alike(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
-def test_every_activation(activation: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "activation", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu", "relu2"]
+)
+@both
+def test_every_activation(make: Make, activation: str, dtype: torch.dtype) -> None:
     assert_alike(make(activation), dtype)
 
 
-@pytest.mark.parametrize("name", GATED_MLPS.folders)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_torchs_own_gelu(approximate: str) -> None:
+    module = make_plain()
+    module.activation_fn = nn.GELU(approximate)
+    assert_alike(module, torch.float32)
+
+
+@pytest.mark.parametrize("name", MLPS.folders)
 def test_every_served_class_computes_what_it_did(name: str) -> None:
-    home = pytest.importorskip(home_of(GATED_MLPS.folders[name]), reason=f"this transformers has no {name}")
+    home = pytest.importorskip(home_of(MLPS.folders[name]), reason=f"this transformers has no {name}")
     assert_alike(like(getattr(home, name)), torch.float32)
 
 
@@ -80,18 +113,26 @@ def test_models_give_their_own_logits_and_undo_is_exact(name: str) -> None:
     batch = FAMILIES[name].batch(model)
     classes = [type(module) for module in model.modules()]
     expected = model(**batch).logits
-    changes = GATED_MLPS.apply(model)
+    changes = MLPS.apply(model)
     assert changes
     assert all(change.kernel for change in changes)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-    assert GATED_MLPS.apply(model) == []  # they are served already
+    assert MLPS.apply(model) == []  # they are served already
     for change in changes:
         change.undo()
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(model(**batch).logits, expected)
 
 
-def test_training_keeps_one_tensor_less() -> None:
+@pytest.mark.parametrize(
+    ("make", "before", "after"),
+    [
+        (make, 4, 3),  # gate, its activation, up, and their product for the last projection
+        (make_plain, 3, 2),  # what the activation is given, its sigmoid, what it gives
+    ],
+    ids=["gated", "plain"],
+)
+def test_training_keeps_one_tensor_less(make: Make, before: int, after: int) -> None:
     def kept(module: nn.Module) -> int:
         wide = set()
 
@@ -105,29 +146,32 @@ def test_training_keeps_one_tensor_less() -> None:
         return len(wide)
 
     module = make()
-    assert kept(module) == 4  # gate, its activation, up, and their product for the last projection
-    GATED_MLPS.apply(module)
-    assert kept(module) == 3
+    assert kept(module) == before
+    MLPS.apply(module)
+    assert kept(module) == after
 
 
-def test_a_gate_that_a_hook_saw_is_not_overwritten() -> None:
+@both
+def test_what_a_hook_saw_is_not_overwritten(make: Make) -> None:
     module, seen = make(), []
-    GATED_MLPS.apply(module)
-    module.gate_proj.register_forward_hook(lambda module, given, out: seen.append(out))
+    MLPS.apply(module)
+    first = next(layer for layer in module.children() if isinstance(layer, nn.Linear))
+    first.register_forward_hook(lambda module, given, out: seen.append(out))
     x = torch.randn(2, 24)
     with torch.no_grad():
         module(x)
-        assert torch.equal(seen[0], nn.functional.linear(x, module.gate_proj.weight))
+        assert torch.equal(seen[0], nn.functional.linear(x, first.weight, first.bias))
 
 
+@both
 @pytest.mark.parametrize("shape", [(0, 24), (2 * PIECE + 1, 24), (3, PIECE, 24)])
-def test_without_gradients_tokens_go_through_in_pieces(shape: tuple[int, ...]) -> None:
+def test_without_gradients_tokens_go_through_in_pieces(make: Make, shape: tuple[int, ...]) -> None:
     module, x = make(), torch.randn(shape)
     expected = module(x).detach()
-    GATED_MLPS.apply(module)
+    MLPS.apply(module)
     sizes: list[int] = []
     project = module._project
-    module._project = lambda x: sizes.append(x.shape[0]) or project(x)
+    module._project = lambda x, *layers: sizes.append(x.shape[0]) or project(x, *layers)
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected)
     assert sum(sizes) == x.numel() // 24
@@ -137,29 +181,32 @@ def test_without_gradients_tokens_go_through_in_pieces(shape: tuple[int, ...]) -
     assert len(sizes) == 1  # for a gradient all is kept anyway
 
 
+@pytest.mark.parametrize(("make", "name"), [(make, "up_proj"), (make_plain, "fc1")], ids=["gated", "plain"])
 @pytest.mark.parametrize("watch", ["register_forward_hook", "register_forward_pre_hook"])
-def test_a_projection_that_is_watched_is_called_once(watch: str) -> None:
+def test_a_projection_that_is_watched_is_called_once(watch: str, make: Make, name: str) -> None:
     module, calls = make(), []
-    GATED_MLPS.apply(module)
-    getattr(module.up_proj, watch)(lambda module, *seen: calls.append(seen[0][0].shape))
+    MLPS.apply(module)
+    getattr(module.get_submodule(name), watch)(lambda module, *seen: calls.append(seen[0][0].shape))
     with torch.no_grad():
         module(torch.randn(2 * PIECE, 24))
     assert calls == [(2 * PIECE, 24)]
 
 
-def test_frozen_projections_are_not_overwritten_where_the_input_learns() -> None:
+@both
+def test_frozen_projections_are_not_overwritten_where_the_input_learns(make: Make) -> None:
     module = make().requires_grad_(False)
     x = torch.randn(2, 24, requires_grad=True)
     (expected,) = torch.autograd.grad(module(x).sum(), x)
-    GATED_MLPS.apply(module)
+    MLPS.apply(module)
     (actual,) = torch.autograd.grad(module(x).sum(), x)
     torch.testing.assert_close(actual, expected)
 
 
-def test_autocast() -> None:
+@both
+def test_autocast(make: Make) -> None:
     module, x = make(), torch.randn(2, 3, 24)
     expected = module(x)
-    GATED_MLPS.apply(module)
+    MLPS.apply(module)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
     assert y.dtype == torch.bfloat16
@@ -185,7 +232,7 @@ def elsewhere(module: LlamaMLP) -> Any:
 def test_what_is_left_says_why(change: Any, reason: str) -> None:
     module = make()
     change(module)
-    (made,) = GATED_MLPS.apply(module)
+    (made,) = MLPS.apply(module)
     assert made.kernel is None
     assert reason in made.reason
     assert type(module) is LlamaMLP
@@ -195,12 +242,13 @@ def test_modules_of_others_by_the_same_name_are_left() -> None:
     class LlamaMLP(nn.Module):
         pass
 
-    assert GATED_MLPS.apply(LlamaMLP()) == []
+    assert MLPS.apply(LlamaMLP()) == []
 
 
-def test_replaced_modules_are_pickled() -> None:
+@both
+def test_replaced_modules_are_pickled(make: Make) -> None:
     module = make()
-    GATED_MLPS.apply(module)
+    MLPS.apply(module)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -209,12 +257,13 @@ def test_replaced_modules_are_pickled() -> None:
     x = torch.randn(2, 24)
     assert torch.equal(loaded(x), module(x))
     with pytest.raises(AttributeError, match="has no attribute 'OtherMLP'"):
-        _ = gated_mlp.OtherMLP
+        _ = mlp.OtherMLP
 
 
-def test_compiled_they_agree(fresh_compiler: None) -> None:
+@both
+def test_compiled_they_agree(make: Make, fresh_compiler: None) -> None:
     module, x = make(), torch.randn(2, 3, 24)
-    GATED_MLPS.apply(module)
+    MLPS.apply(module)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x))
