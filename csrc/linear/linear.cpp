@@ -22,16 +22,19 @@ bool is_own(const at::Tensor& x, int64_t R, int64_t C, int64_t D) {
 }
 
 // Whether a product of a few tokens is pyvlm's own: all is in reading the weight, which MKL does at 16 GB/s
-// on AMD for one token and at 10 for several, and the kernel at 33. Of bf16 torch reads as fast.
+// on AMD for one token and at 10 for several, oneDNN at 15 to 27 in bf16, and the kernel at 33 to 45. Beside
+// tokens that the first cache does not hold it reads at 17, which in bf16 is less than oneDNN does.
 bool is_own_of_few(const at::Tensor& x, const at::Tensor& weight) {
+  constexpr int64_t kCached = 10'000;  // numbers of x, which is made float32
   const int64_t tokens = x.numel() / std::max<int64_t>(1, x.size(-1));
-  return x.scalar_type() == at::kFloat && !has_amx() && tokens >= 1 && tokens <= kMostFewTokens &&
+  const bool held = tokens == 1 || x.numel() <= kCached || x.scalar_type() != at::kBFloat16;
+  return held && x.scalar_type() != at::kDouble && !has_amx() && tokens >= 1 && tokens <= kMostFewTokens &&
          x.size(-1) > 0 && weight.stride(1) == 1;
 }
 
 at::Tensor multiply_few(const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
-  const at::Tensor rows = x.contiguous();
+  const at::Tensor rows = x.to(at::kFloat).contiguous();
   const at::Tensor held = bias.has_value() ? bias->contiguous() : at::Tensor();
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
@@ -40,10 +43,11 @@ at::Tensor multiply_few(const at::Tensor& x, const at::Tensor& weight,
                           weight.size(0),
                           weight.size(1),
                           rows.const_data_ptr<float>(),
-                          weight.const_data_ptr<float>(),
+                          weight.const_data_ptr(),
                           weight.stride(0),
-                          held.defined() ? held.const_data_ptr<float>() : nullptr,
-                          y.mutable_data_ptr<float>()};
+                          held.defined() ? held.const_data_ptr() : nullptr,
+                          y.mutable_data_ptr(),
+                          y.scalar_type()};
   PYVLM_DISPATCH_ISA(linear_few, product);
   return y;
 }

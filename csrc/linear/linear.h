@@ -51,15 +51,17 @@ struct LinearProduct {
   at::ScalarType dtype;  // float32 or float16
 };
 
-// y[M, N] = x[M, K] · weight[N, K]ᵀ + bias[N] of up to kMostFewTokens tokens, in float32; rows of the weight
-// lie `ld` apart, all else is contiguous.
+// y[M, N] = x[M, K] · weight[N, K]ᵀ + bias[N] of up to kMostFewTokens tokens; rows of the weight lie `ld`
+// apart, all else is contiguous.
 inline constexpr int64_t kMostFewTokens = 8;
 struct FewTokens {
   int64_t M, N, K;
-  const float *x, *weight;
+  const float* x;
+  const void* weight;
   int64_t ld;
-  const float* bias;  // or null
-  float* y;
+  const void* bias;  // or null
+  void* y;
+  at::ScalarType dtype;  // of the weight, the bias and y: float32, bfloat16 or float16
 };
 
 PYVLM_DECLARE_FOR_EACH_ISA(void linear_product(const LinearProduct&); void linear_few(const FewTokens&))

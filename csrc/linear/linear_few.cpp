@@ -1,4 +1,5 @@
 // A few tokens through a linear layer: the weight is read once, row after row, and nothing is packed.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,13 +15,16 @@ using V = Vec<float>;
 
 // Bytes of weight that are worth waking a thread for.
 constexpr int64_t kGrainBytes = 1 << 16;
-// How far ahead of its use the weight is asked for: a row is too short for the processor to guess the next.
-constexpr int64_t kAhead = 512;
+// Bytes ahead of its use that the weight is asked for: a row is too short for the processor to guess the
+// next.
+constexpr int64_t kAheadBytes = 2048;
 
-// out[t] = the products of one row of the weight with kTokens rows of x.
-template <int64_t kTokens>
-std::array<float, kTokens> row_products(const FewTokens& p, const float* w) {
-  constexpr int64_t kStep = kRowStep<float>;
+// y[t, n] for kTokens rows of x and row n of the weight.
+template <int64_t kTokens, typename scalar_t>
+void row_products(const FewTokens& p, int64_t n) {
+  constexpr int64_t kStep = kRowStep<float>, kAhead = kAheadBytes / sizeof(scalar_t);
+  const auto *w = static_cast<const scalar_t*>(p.weight) + n * p.ld,
+             *bias = static_cast<const scalar_t*>(p.bias);
   std::array<std::array<V, 2>, kTokens> sums;
   for (auto& sum : sums) {
     sum = {V(0.f), V(0.f)};
@@ -36,39 +40,41 @@ std::array<float, kTokens> row_products(const FewTokens& p, const float* w) {
       sums[t][1] = at::vec::fmadd(w1, x1, sums[t][1]);
     }
   }
-  std::array<float, kTokens> out;
   for (int64_t t = 0; t < kTokens; ++t) {
-    out[t] = sum_of(sums[t][0], sums[t][1]);
+    float y = sum_of(sums[t][0], sums[t][1]);
     for (int64_t rest = k; rest < p.K; ++rest) {
-      out[t] += w[rest] * p.x[t * p.K + rest];
+      y += static_cast<float>(w[rest]) * p.x[t * p.K + rest];
     }
+    y += bias == nullptr ? 0.f : static_cast<float>(bias[n]);
+    static_cast<scalar_t*>(p.y)[t * p.N + n] = static_cast<scalar_t>(y);
   }
-  return out;
 }
 
-template <int64_t kTokens>
+template <int64_t kTokens, typename scalar_t>
 void products(const FewTokens& p) {
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / static_cast<int64_t>(sizeof(float)) / p.K);
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / static_cast<int64_t>(sizeof(scalar_t)) / p.K);
   at::parallel_for(0, p.N, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const std::array<float, kTokens> row = row_products<kTokens>(p, p.weight + n * p.ld);
-      for (int64_t t = 0; t < kTokens; ++t) {
-        p.y[t * p.N + n] = row[t] + (p.bias == nullptr ? 0.f : p.bias[n]);
-      }
+      row_products<kTokens, scalar_t>(p, n);
     }
   });
 }
 
 // The problem of at most kCount tokens.
-template <int64_t kCount>
+template <int64_t kCount, typename scalar_t>
 void up_to(const FewTokens& p) {
   if constexpr (kCount > 0) {
-    p.M == kCount ? products<kCount>(p) : up_to<kCount - 1>(p);
+    p.M == kCount ? products<kCount, scalar_t>(p) : up_to<kCount - 1, scalar_t>(p);
   }
 }
 
 }  // namespace
 
-void linear_few(const FewTokens& p) { up_to<kMostFewTokens>(p); }
+void linear_few(const FewTokens& p) {
+  AT_DISPATCH_SWITCH(p.dtype, "linear_few",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { up_to<kMostFewTokens, scalar_t>(p); })
+                         AT_DISPATCH_CASE(at::kBFloat16, [&] { up_to<kMostFewTokens, scalar_t>(p); })
+                             AT_DISPATCH_CASE(at::kHalf, [&] { up_to<kMostFewTokens, scalar_t>(p); }));
+}
 
 }  // namespace pyvlm::CPU_CAPABILITY

@@ -17,8 +17,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     """y = x Wᵀ + b, as `torch.nn.functional.linear`, which on CPU it outruns where it can.
 
     The native product is taken for float32 on processors with AVX-512 and without AMX (where torch's library
-    reaches 40 % of the peak of AMD's) and for float16. Up to eight tokens in float32 have one of their own,
-    which reads the weight once, at the speed of memory. The rest, as 9 to 31 tokens and bfloat16, is torch's.
+    reaches 40 % of the peak of AMD's) and for float16. Up to eight tokens have one of their own, which reads
+    the weight once, at the speed of memory (without AMX; not for float64, nor for several bfloat16 tokens of
+    more than 10,000 numbers in all). The rest is torch's.
     The native products give the same bits for any number of threads. The gradients are made alike.
 
     Args:

@@ -88,14 +88,22 @@ def test_views(view: str, dtype: torch.dtype) -> None:
         assert tensor.equal(expected[name]), name
 
 
-@pytest.mark.parametrize("features", [1, 31, 32, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [1, 31, 32, 257, 5001])
 @pytest.mark.parametrize("tokens", range(1, 10))  # up to eight the weight is read once
-def test_few_tokens(tokens: int, features: int) -> None:
-    assert_right(*LinearCase("", "", tokens, features, 70).inputs(torch.float32))
+def test_few_tokens(tokens: int, features: int, dtype: torch.dtype) -> None:
+    assert_right(*LinearCase("", "", tokens, features, 70).inputs(dtype))
 
 
-def test_few_tokens_of_views() -> None:
-    x, weight = torch.randn(4, 2, 70)[..., 3:40], torch.randn(90, 120)[::2, 5:42]
+def test_few_tokens_are_rounded_once() -> None:
+    x, weight, bias = LinearCase("", "", 3, 300, 500).inputs(torch.bfloat16)
+    wide = linear(x.float(), weight.float(), bias.float(), "native")
+    assert linear(x, weight, bias, "native").equal(wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens_of_views(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 2, 70).to(dtype)[..., 3:40], torch.randn(90, 120).to(dtype)[::2, 5:42]
     expected = linear(x.contiguous(), weight.contiguous(), backend="native")
     assert linear(x, weight, backend="native").equal(expected)
     turned = weight.t().contiguous().t()  # torch's product
@@ -118,8 +126,7 @@ def test_modules_of_few_tokens(dtype: torch.dtype) -> None:
     with torch.no_grad():
         y = layer(x)
     assert_close(y, x.double() @ weight.double().T + bias.double(), plain)
-    if dtype == torch.float32:
-        assert y.equal(linear(x, weight, bias, "native"))
+    assert y.equal(linear(x, weight, bias, "native"))
     assert torch.func.grad(lambda x: layer(x).sum())(x).equal(
         nn.functional.linear(torch.ones_like(y), weight.T)
     )
