@@ -23,8 +23,10 @@ TABLES = {  # by the beginning of the modules' names
     "attention": "attention/triton_aot.json",
     "cross_attention": "fusion/cross_attention_triton_aot.json",
     "fusion": "fusion/fusion_triton_aot.json",
+    "gating": "fusion/gating_triton_aot.json",
     "loss": "fusion/loss_triton_aot.json",
     "moe": "moe/moe_triton_aot.json",
+    "norm": "fusion/norm_triton_aot.json",
     "placement": "fusion/placement_triton_aot.json",
 }
 

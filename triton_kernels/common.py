@@ -42,6 +42,42 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.25, series, away)
 
 
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation and its slope."""
+    if ACTIVATION == "silu":
+        sigmoid = 1 / (1 + tl.exp2(x * -LOG2E))
+        value = x * sigmoid
+        slope = sigmoid * (1 + x * (1 - sigmoid))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
+    elif ACTIVATION == "gelu_tanh":
+        bent = tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
+        value = 0.5 * x * (1 + bent)
+        inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
+        slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * inner_slope
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = 1 / (1 + tl.exp2(x * (-1.702 * LOG2E)))
+        value = x * sigmoid
+        slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
+    elif ACTIVATION == "relu":
+        value = tl.where(x < 0, 0.0, x)  # tl.maximum would lose NaN
+        slope = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        value = tl.where(x < 0, 0.0, x * x)
+        slope = tl.where(x < 0, 0.0, 2 * x)
+    return value, slope
+
+
+@triton.constexpr_function
+def acc_type(pointer):
+    """The type that sums are made in."""
+    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
+
+
 # Tiles of matrices: M rows, N columns, K of the dimension that is summed over.
 
 

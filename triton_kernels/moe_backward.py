@@ -9,16 +9,15 @@ No atomics: every sum is made by one program, in a fixed order. Letters and term
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import dot, load_columns_within, load_rows_within, store_rows, tile_of
-from pyvlm.triton_kernels.moe_tiles import (
-    RUNTIME,
+from pyvlm.triton_kernels.common import (
     activate,
-    halves,
-    load_index,
-    product,
-    slots_of,
-    slots_of_tile,
+    dot,
+    load_columns_within,
+    load_rows_within,
+    store_rows,
+    tile_of,
 )
+from pyvlm.triton_kernels.moe_tiles import RUNTIME, halves, load_index, product, slots_of, slots_of_tile
 
 
 @triton.jit

@@ -11,7 +11,7 @@ gate_up (2I where gated, else I). H, I and U are compiled in; what depends on th
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import LOG2E, dot, tanh
+from pyvlm.triton_kernels.common import dot
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
 # being a multiple of 16, so it is told not to look.
@@ -163,33 +163,3 @@ def product(
 def halves(tile_MN):
     """The left and the right columns: what is made of a whole tile would not fit into the registers."""
     return tl.split(tile_MN.reshape(tile_MN.shape[0], 2, tile_MN.shape[1] // 2).permute(0, 2, 1))
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """The activation and its slope."""
-    if ACTIVATION == "silu":
-        sigmoid = 1 / (1 + tl.exp2(x * -LOG2E))
-        value = x * sigmoid
-        slope = sigmoid * (1 + x * (1 - sigmoid))
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-        value = x * cdf
-        slope = cdf + x * 0.3989422804014327 * tl.exp2(x * x * (-0.5 * LOG2E))
-    elif ACTIVATION == "gelu_tanh":
-        bent = tanh(0.7978845608028654 * x * (1 + 0.044715 * x * x))
-        value = 0.5 * x * (1 + bent)
-        inner_slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
-        slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * inner_slope
-    elif ACTIVATION == "quick_gelu":
-        sigmoid = 1 / (1 + tl.exp2(x * (-1.702 * LOG2E)))
-        value = x * sigmoid
-        slope = sigmoid * (1 + 1.702 * x * (1 - sigmoid))
-    elif ACTIVATION == "relu":
-        value = tl.where(x < 0, 0.0, x)  # tl.maximum would lose NaN
-        slope = tl.where(x > 0, 1.0, 0.0)
-    else:
-        tl.static_assert(ACTIVATION == "relu2")
-        value = tl.where(x < 0, 0.0, x * x)
-        slope = tl.where(x < 0, 0.0, 2 * x)
-    return value, slope

@@ -27,12 +27,13 @@ SCHEMA = 1
 SHARES = {
     "build": 100,
     "limits": 10,
-    "tests": 110,
-    "attention": 110,
+    "tests": 105,
+    "attention": 105,
     "moe": 45,
     "fusion": 20,
     "loss": 20,
     "placement": 20,
+    "layers": 10,
     "step": 45,
 }
 

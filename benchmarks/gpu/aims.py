@@ -195,6 +195,8 @@ def _of_memory_bound_ops() -> list[Aim]:
         ("placement", "place", "place_image_tokens"),
         ("placement", "place-tiles", "place_image_tokens of tiles"),
         ("placement", "add", "add_at_image_tokens"),
+        ("norm", "llama-7b", "rms_norm"),
+        ("gating", "llama-7b", "gated_activation"),
     )
     return [
         Aim(

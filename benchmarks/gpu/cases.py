@@ -2,7 +2,9 @@
 
 from attention.cases import DIALOGUE, AttentionCase
 from fusion.fusion_cases import MergeCase
+from fusion.gating_cases import GatingCase
 from fusion.loss_cases import LossCase
+from fusion.norm_cases import NormCase
 from fusion.placement_cases import PlacementCase
 from moe.cases import ExpertCase
 
@@ -82,3 +84,10 @@ PLACEMENT = (
     PlacementCase("place-tiles", "LLaVA-NeXT 7B's, packed on the way", "place", 8, 448, 4096, 24, (480, 640),
                   large=True),
 )  # fmt: skip
+
+GATING = (GatingCase("llama-7b", "its MLP's gate", 8192, 11_008, "silu", large=True),)
+
+NORM = (
+    NormCase("llama-7b", "its tokens", 8192, 4096, large=True),
+    NormCase("qwen3-queries", "the heads of 8B's", 8192, 128, heads=32, large=True),
+)

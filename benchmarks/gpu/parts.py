@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, loss, moe, placement, routing
+from benchmarks import attention, fusion, gating, loss, moe, norm, placement, routing
 from benchmarks.gpu import cases, step
 from benchmarks.gpu.peers import with_peers
 from benchmarks.harness.limits import COPY, GEMM, limits
@@ -112,6 +112,11 @@ def run_moe(context: Context) -> Iterator[Record]:
     yield from _of_family(routing.OPERATION, routing.workload, cases.ROUTING)(context)
 
 
+def run_layers(context: Context) -> Iterator[Record]:
+    yield from _of_family(norm.OPERATION, norm.workload, cases.NORM)(context)
+    yield from _of_family(gating.OPERATION, gating.workload, cases.GATING)(context)
+
+
 PARTS: dict[str, Callable[[Context], Iterator[Record]]] = {
     "limits": run_limits,
     "attention": _of_family(attention.OPERATION, attention.workload, cases.ATTENTION),
@@ -119,5 +124,6 @@ PARTS: dict[str, Callable[[Context], Iterator[Record]]] = {
     "fusion": _of_family(fusion.OPERATION, fusion.workload, cases.FUSION),
     "loss": _of_family(loss.OPERATION, loss.workload, cases.LOSS),
     "placement": _of_family(placement.OPERATION, placement.workload, cases.PLACEMENT),
+    "layers": run_layers,
     "step": step.run,
 }

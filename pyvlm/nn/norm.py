@@ -22,7 +22,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C] in the wider dtype of x and the weight."""
-        if resolve("rms_norm", self.backend, x.device) == "reference":  # CUDA has torch's own kernel
+        if resolve("rms_norm", self.backend, x.device, x.dtype) == "reference":  # torch may have its own
             return super().forward(x)
         return promoting_rms_norm(x, self.weight, self.eps or 0.0, self.backend)
 

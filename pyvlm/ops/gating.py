@@ -4,10 +4,12 @@ Shape legend
     I channels · gate and up have any dimensions before them
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.ops import _backends
@@ -28,7 +30,7 @@ def gated_activation(
         activation: "silu" (SwiGLU), "gelu", "gelu_tanh" (GEGLU), "quick_gelu" (CLIP's x · sigmoid(1.702 x)),
             "relu" (ReGLU) or "relu2" (its square).
         inplace: writes the result over gate and returns that; only where no gradient is needed.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         [.., I] in the dtype of gate and up (under autocast, where they may differ, the wider one's).
@@ -47,9 +49,16 @@ def gated_activation(
         if inplace:
             raise ValueError(f"gated_activation: inplace=True, but gate is {gate.dtype} and up {up.dtype}")
         gate, up = (x.to(torch.promote_types(gate.dtype, up.dtype)) for x in (gate, up))
-    if _backends.resolve("gated_activation", backend, gate.device) == "reference":
+    implementation = _backends.resolve("gated_activation", backend, gate.device, gate.dtype)
+    if implementation == "reference":
         y = reference.gated_activation(gate, up, activation)
         return gate.copy_(y) if inplace else y
+    if implementation == "triton" and gate.is_cpu:
+        if inplace:
+            _triton("gated_activation_")(gate, up, activation)
+            return gate
+        interpreted: Tensor = _Interpreted.apply(gate, up, activation)
+        return interpreted
     if inplace:
         torch.ops.pyvlm.gated_activation_(gate, up, activation)
         return gate
@@ -91,7 +100,36 @@ def _fake_backward(grad_y: Tensor, gate: Tensor, up: Tensor | None, activation: 
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from pyvlm.triton_kernels import gating  # not before it is needed: Triton takes a second to import
+
+        return getattr(gating, name)(*args)
+
+    return run
+
+
+class _Interpreted(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        y: Tensor = _triton("gated_activation")(gate, up, activation)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = _triton("gated_activation_backward")(grad, gate, up, ctx.activation)
+        return grad_gate, None if up is None else grad_up, None
+
+
 if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/gating.cpp)
+    for _op in ("gated_activation", "gated_activation_", "gated_activation_backward"):
+        torch.library.impl(f"pyvlm::{_op}", "CUDA", _triton(_op))
     torch.library.register_fake("pyvlm::gated_activation", _fake)
     torch.library.register_fake("pyvlm::gated_activation_", lambda gate, up, activation: None)
     torch.library.register_fake("pyvlm::gated_activation_backward", _fake_backward)

@@ -4,10 +4,12 @@ Shape legend
     C channels · x has any dimensions before them
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm.ops import _backends
@@ -32,7 +34,7 @@ def rms_norm(
         weight: [C], of any floating dtype; None: 1.
         eps: what is added to the mean of the squares.
         unit_offset: multiplies by 1 + weight, as Gemma's norms do.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         [.., C] in the dtype of x.
@@ -46,8 +48,12 @@ def rms_norm(
         _check(x, weight)
     if not eps >= 0:
         raise ValueError(f"rms_norm: eps={eps}, expected a number of at least 0")
-    if _backends.resolve("rms_norm", backend, x.device) == "reference":
+    implementation = _backends.resolve("rms_norm", backend, x.device, x.dtype)
+    if implementation == "reference":
         return reference.rms_norm(x, weight, eps, unit_offset)
+    if implementation == "triton" and x.is_cpu:
+        interpreted: Tensor = _Interpreted.apply(x, weight, eps, unit_offset)
+        return interpreted
     y: Tensor = torch.ops.pyvlm.rms_norm(x, weight, eps, unit_offset)[0]
     return y
 
@@ -110,7 +116,40 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from pyvlm.triton_kernels import norm  # not before it is needed: Triton takes a second to import
+
+        return getattr(norm, name)(*args)
+
+    return run
+
+
+class _Interpreted(torch.autograd.Function):
+    """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
+        y: Tensor
+        y, rstd = _triton("rms_norm")(x, weight, eps, unit_offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.unit_offset = unit_offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        want_x, want_weight = ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1]
+        grad_x, grad_weight = _triton("rms_norm_backward")(
+            grad, x, weight, rstd, ctx.unit_offset, want_x, want_weight
+        )
+        return grad_x if want_x else None, grad_weight if want_weight else None, None, None
+
+
 if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/norm.cpp)
+    for _op in ("rms_norm", "rms_norm_backward"):
+        torch.library.impl(f"pyvlm::{_op}", "CUDA", _triton(_op))
     torch.library.register_fake("pyvlm::rms_norm", _fake)
     torch.library.register_fake("pyvlm::rms_norm_backward", _fake_backward)
     _backends.refuse_second_derivative("rms_norm")

@@ -121,6 +121,8 @@ class TestAims:
             "fusion": cases.FUSION,
             "loss": cases.LOSS,
             "placement": cases.PLACEMENT,
+            "norm": cases.NORM,
+            "gating": cases.GATING,
         }
         measured = {(op, case.name) for op, of_op in sizes.items() for case in of_op}
         measured |= {("step", "llava-mmca"), ("step", "moe-llava")}

@@ -14,9 +14,11 @@ from torch import Tensor
 from pyvlm.ops import (
     expert_choice,
     expert_mlp,
+    gated_activation,
     linear_cross_entropy,
     local_cross_attention,
     merge_levels,
+    rms_norm,
     span_attention,
     token_choice,
 )
@@ -143,6 +145,23 @@ def local_call(device: torch.device, dtype: torch.dtype) -> OpCall:
     return OpCall("local_cross_attention", run, leaves, "local_cross_attention")
 
 
+def gating_call(device: torch.device, dtype: torch.dtype, gated: bool = True) -> OpCall:
+    generator = torch.Generator().manual_seed(3)
+    gate, up = torch.randn(2, 90, 2 * 130, generator=generator).to(device, dtype).chunk(2, dim=-1)
+    return OpCall(
+        "gated_activation",
+        lambda gate, *up: gated_activation(gate, up[0] if up else None, "silu" if gated else "quick_gelu"),
+        (gate, up) if gated else (gate,),
+    )
+
+
+def norm_call(device: torch.device, dtype: torch.dtype, unit_offset: bool = False) -> OpCall:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 40, 3, 96, generator=generator).to(device, dtype).transpose(1, 2)
+    weight = torch.randn(96, generator=generator).to(device, dtype)
+    return OpCall("rms_norm", lambda x, weight: rms_norm(x, weight, 1e-6, unit_offset), (x, weight))
+
+
 CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
     "span_attention mmca": attention_call,
     "span_attention joint": lambda device, dtype: attention_call(device, dtype, "bidirectional_image"),
@@ -155,4 +174,8 @@ CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
     "pack_image_tokens": lambda device, dtype: placement_call(device, dtype, "pack"),
     "add_at_image_tokens": lambda device, dtype: placement_call(device, dtype, "add"),
     "local_cross_attention": local_call,
+    "gated_activation": gating_call,
+    "gated_activation without a gate": lambda device, dtype: gating_call(device, dtype, gated=False),
+    "rms_norm": norm_call,
+    "rms_norm of Gemma": lambda device, dtype: norm_call(device, dtype, unit_offset=True),
 }

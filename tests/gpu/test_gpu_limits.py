@@ -16,11 +16,13 @@ from pyvlm.ops import (
     Routing,
     add_at_image_tokens,
     expert_mlp,
+    gated_activation,
     linear_cross_entropy,
     local_cross_attention,
     merge_levels,
     pack_image_tokens,
     place_image_tokens,
+    rms_norm,
     span_attention,
     token_choice,
 )
@@ -105,6 +107,22 @@ def test_experts_keep_rows_of_what_their_backward_reads(device: torch.device) ->
         assert_peak(device, lambda: expert_mlp(x, routing, gate_up, down), most)
 
 
+def test_norms_and_gates_keep_no_more_than_they_were_given(device: torch.device) -> None:
+    tokens, channels = (8192, 4096) if device.type == "cuda" else (64, 32)
+    x, gate, up = (random(device, tokens, channels).requires_grad_() for _ in range(3))
+    weight, cotangent = random(device, channels).requires_grad_(), random(device, tokens, channels)
+
+    def train_norm() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rms_norm(x, weight), (x, weight), cotangent)
+
+    def train_gate() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(gated_activation(gate, up), (gate, up), cotangent)
+
+    # What comes out, and the gradients; the norm's programs share 512 rows of float32.
+    assert_peak(device, train_norm, 2 * x.nbytes + 4 * 512 * channels + 2 * MEGABYTE)
+    assert_peak(device, train_gate, 3 * x.nbytes + 2 * MEGABYTE)
+
+
 @pytest.fixture
 def sizes(device: torch.device) -> Callable[..., int]:
     """The number of rows of some width that is more than 2³¹ elements; on the CPU a few."""
@@ -163,6 +181,23 @@ def test_text_and_image_rows(device: torch.device, sizes: Callable[..., int]) ->
     del added
     index = torch.tensor([length - 1, 0, length - 3], device=device)
     assert pack_image_tokens(text[0], index, None).equal(text[0][index])
+
+
+def test_rows_of_norms_and_gates(device: torch.device, sizes: Callable[..., int]) -> None:
+    channels = 4096 if device.type == "cuda" else 32
+    rows = sizes(channels, 20)
+    x = random(device, rows, channels).requires_grad_()
+    weight, cotangent = random(device, channels), torch.ones((), device=device, dtype=x.dtype)
+    last = x.detach()[-3:].clone().requires_grad_()
+
+    def y_and_grad(leaf: Tensor, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        y = run(leaf)
+        (grad,) = torch.autograd.grad(y, leaf, cotangent.expand(y.shape))
+        return y[-3:].detach().clone(), grad[-3:].clone()
+
+    for run in (lambda x: rms_norm(x, weight), lambda x: gated_activation(x, None, "gelu_tanh")):
+        for actual, expected in zip(y_and_grad(x, run), y_and_grad(last, run), strict=True):
+            assert actual.equal(expected)
 
 
 def test_levels(device: torch.device, sizes: Callable[..., int]) -> None:

@@ -1,0 +1,9 @@
+"""The Triton kernels of RMSNorm in Triton's interpreter: runs interpreted_norm.py."""
+
+from pathlib import Path
+
+from interpreter import run_interpreted
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_norm.py"))
