@@ -37,7 +37,7 @@ OPTIONS = {
 NAMES = ("loss", "hidden", "weight", "bias")
 # Thousands of rows or words take the interpreter too long: fewer still make several tiles and blocks.
 CASES = [
-    replace(case, tokens=min(case.tokens, 80), labeled=min(case.labeled, 70), words=min(case.words, 600))
+    replace(case, tokens=min(case.tokens, 50), labeled=min(case.labeled, 40), words=min(case.words, 200))
     for case in SMALL_CASES
 ]
 BY_NAME = {case.name: case for case in CASES}

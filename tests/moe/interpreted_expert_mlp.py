@@ -170,8 +170,8 @@ def test_every_dtype_with_the_default_tiles(dtype: torch.dtype) -> None:
 def test_shared_cases(case: ExpertCase) -> None:
     """Each in one dtype and by one way of loading; fewer tokens and narrower, for the interpreter is slow."""
     index = SMALL_CASES.index(case)
-    sizes = {"tokens": min(case.tokens, 40), "hidden": min(case.hidden, 70)}
-    case = replace(case, **sizes, intermediate=min(case.intermediate, 67))
+    sizes = {"tokens": min(case.tokens, 34), "hidden": min(case.hidden, 41)}
+    case = replace(case, **sizes, intermediate=min(case.intermediate, 35))
     leaves = dict(zip(("x", "gate_up", "down"), case.inputs(DTYPES[index % 3]), strict=True))
     routing = case.route(case.logits())
     leaves = {name: leaves.get(name) for name in NAMES} | {"weight": routing.weight.detach()}
