@@ -193,6 +193,17 @@ def test_a_projection_that_is_watched_is_called_once(watch: str, make: Make, nam
 
 
 @both
+def test_an_activation_that_is_watched_is_called(make: Make) -> None:
+    module, seen = make(), []
+    MLPS.apply(module)
+    function = module.act_fn if hasattr(module, "act_fn") else module.activation_fn
+    function.register_forward_hook(lambda module, given, out: seen.append(out))
+    x = torch.randn(2, 24)
+    torch.testing.assert_close(module(x), make()(x))
+    assert [out.shape for out in seen] == [(2, 40)]
+
+
+@both
 def test_frozen_projections_are_not_overwritten_where_the_input_learns(make: Make) -> None:
     module = make().requires_grad_(False)
     x = torch.randn(2, 24, requires_grad=True)

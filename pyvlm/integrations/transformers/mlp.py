@@ -29,9 +29,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C]."""
-        layers = _projections_of(self)
+        layers, traced = _projections_of(self), torch.compiler.is_compiling()
+        if not traced and _are_watched([_function_of(self)]):  # somebody wants to see the activation
+            out: Tensor = super().forward(x)
+            return out
         few = x.numel() <= PIECE * x.shape[-1]
-        if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or _are_watched(layers):
+        if few or traced or torch.is_grad_enabled() or _are_watched(layers):
             return self._project(x, *layers)
         rows = x.reshape(-1, x.shape[-1])
         pieces = rows.tensor_split(-(-rows.shape[0] // PIECE))
@@ -68,10 +71,12 @@ def _may_overwrite(first: nn.Module, gate: Tensor, up: Tensor | None) -> bool:
     )
 
 
-def _are_watched(layers: list[nn.Module]) -> bool:
-    """Whether somebody looks at a projection's calls, or loads its weight for each, and wants one."""
+def _are_watched(layers: list[Any]) -> bool:
+    """Whether somebody looks at a layer's calls, or loads its weight for each, and wants one."""
     return any(
-        layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers
+        layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        for layer in layers
+        if isinstance(layer, nn.Module)  # an activation may be a function
     )
 
 
