@@ -72,12 +72,6 @@ def activate(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.constexpr_function
-def acc_type(pointer):
-    """The type that sums are made in."""
-    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
-
-
 # Tiles of matrices: M rows, N columns, K of the dimension that is summed over.
 
 

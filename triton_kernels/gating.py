@@ -135,9 +135,7 @@ def _rows(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]) if x.numel() > 0 else x.new_empty(0, max(x.shape[-1], 1))
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         return rows.contiguous()
-    if (
-        rows.shape[0] == 1 and x.dim() > 1
-    ):  # as far from a next one as several, so that it compiles nothing new
+    if rows.shape[0] == 1 and x.dim() > 1:  # as far from a next one as several: it compiles nothing new
         return rows.as_strided(rows.shape, (x.stride(-2), 1))
     return rows
 

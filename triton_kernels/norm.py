@@ -114,7 +114,7 @@ def rms_norm_backward_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> tuple[Tensor, Tensor]:
     """The op `pyvlm::rms_norm`, of arguments that `pyvlm.ops.rms_norm` has checked: y, and rstd [..]."""
-    y = _like(x)
+    y = _like(x, x.device)
     rstd = _number_a_row(y)
     arguments = {"x": _rows(x, y), "weight": _parameter(weight), "y": y, "rstd": rstd, "eps": eps}
     _launch(rms_norm_kernel, x, unit_offset, arguments)
@@ -131,29 +131,30 @@ def rms_norm_backward(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """The op `pyvlm::rms_norm_backward`: gradients of x and weight, empty unless wanted."""
-    grad_x = _like(x)
+    layout = _like(x, torch.device("meta"))
+    grad_x = torch.empty_like(layout, device=x.device) if want_x else None
     programs = min(MOST_PROGRAMS, triton.cdiv(x.numel(), max(x.shape[-1], 1) * _tiles(x).rows))
     sums = want_weight and weight is not None
     partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32) if sums else None
     arguments = {
-        "grad_y": _rows(grad_y, grad_x),
-        "x": _rows(x, grad_x),
+        "grad_y": _rows(grad_y, layout),
+        "x": _rows(x, layout),
         "weight": _parameter(weight),
-        "rstd": _rows(rstd, _number_a_row(grad_x)),
-        "grad_x": grad_x if want_x else None,
+        "rstd": _rows(rstd, _number_a_row(layout)),
+        "grad_x": grad_x,
         "partial": partial,
         "programs": programs,
     }
     _launch(rms_norm_backward_kernel, x, unit_offset, arguments)
     grad_weight = x.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
-    return grad_x if want_x else x.new_empty(0), grad_weight
+    return x.new_empty(0) if grad_x is None else grad_x, grad_weight
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, device: torch.device) -> Tensor:
     """What results are written to: the order of x's dimensions in memory, or contiguous where its channels
     are no neighbours."""
-    like = torch.empty_like(x)
-    return like if like.stride(-1) == 1 or like.shape[-1] == 1 else x.new_empty(x.shape)
+    like = torch.empty_like(x, device=device)
+    return like if like.stride(-1) == 1 or like.shape[-1] == 1 else x.new_empty(x.shape, device=device)
 
 
 def _number_a_row(y: Tensor) -> Tensor:
@@ -164,7 +165,9 @@ def _number_a_row(y: Tensor) -> Tensor:
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:
     """x with its rows in memory as those of `like` lie."""
-    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return (
+        x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype, device=x.device).copy_(x)
+    )
 
 
 def _parameter(weight: Tensor | None) -> Tensor | None:

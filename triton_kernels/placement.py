@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import acc_type, launch
+from pyvlm.triton_kernels.common import launch
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -50,6 +50,12 @@ def columns_of(program, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
 def image_row(image_mask, ordinal, token):
     """The image row that a token holds the place of, -1 where it is text."""
     return tl.where(tl.load(image_mask + token) != 0, tl.load(ordinal + token) - 1, -1)
+
+
+@triton.constexpr_function
+def acc_type(pointer):
+    """The type that sums are made in."""
+    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
 
 
 @triton.jit(do_not_specialize=RUNTIME)

@@ -1,6 +1,8 @@
 """Which implementations each op has, and on which devices: the one table behind every `backend=` argument."""
 
 import os
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -96,6 +98,15 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype | No
             f'backend="{backend}" cannot run on {device}: {reason}; use backend="auto" or "reference"'
         )
     return backend
+
+
+def triton_function(family: str, name: str) -> Callable[..., Any]:
+    """A function of a module of pyvlm.triton_kernels, imported at its first call: Triton takes a second."""
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(f"pyvlm.triton_kernels.{family}"), name)(*args)
+
+    return run
 
 
 def refuse_second_derivative(op: str) -> None:

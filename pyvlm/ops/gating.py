@@ -4,7 +4,6 @@ Shape legend
     I channels · gate and up have any dimensions before them
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def gated_activation(
         return gate.copy_(y) if inplace else y
     if implementation == "triton" and gate.is_cpu:
         if inplace:
-            _triton("gated_activation_")(gate, up, activation)
+            _backends.triton_function("gating", "gated_activation_")(gate, up, activation)
             return gate
         interpreted: Tensor = _Interpreted.apply(gate, up, activation)
         return interpreted
@@ -100,15 +99,6 @@ def _fake_backward(grad_y: Tensor, gate: Tensor, up: Tensor | None, activation: 
     return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        from pyvlm.triton_kernels import gating  # not before it is needed: Triton takes a second to import
-
-        return getattr(gating, name)(*args)
-
-    return run
-
-
 class _Interpreted(torch.autograd.Function):
     """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
 
@@ -116,20 +106,22 @@ class _Interpreted(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        y: Tensor = _triton("gated_activation")(gate, up, activation)
+        y: Tensor = _backends.triton_function("gating", "gated_activation")(gate, up, activation)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = _triton("gated_activation_backward")(grad, gate, up, ctx.activation)
+        grad_gate, grad_up = _backends.triton_function("gating", "gated_activation_backward")(
+            grad, gate, up, ctx.activation
+        )
         return grad_gate, None if up is None else grad_up, None
 
 
 if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/gating.cpp)
     for _op in ("gated_activation", "gated_activation_", "gated_activation_backward"):
-        torch.library.impl(f"pyvlm::{_op}", "CUDA", _triton(_op))
+        torch.library.impl(f"pyvlm::{_op}", "CUDA", _backends.triton_function("gating", _op))
     torch.library.register_fake("pyvlm::gated_activation", _fake)
     torch.library.register_fake("pyvlm::gated_activation_", lambda gate, up, activation: None)
     torch.library.register_fake("pyvlm::gated_activation_backward", _fake_backward)

@@ -4,7 +4,6 @@ Shape legend
     C channels · x has any dimensions before them
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,22 +115,13 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        from pyvlm.triton_kernels import norm  # not before it is needed: Triton takes a second to import
-
-        return getattr(norm, name)(*args)
-
-    return run
-
-
 class _Interpreted(torch.autograd.Function):
     """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
         y: Tensor
-        y, rstd = _triton("rms_norm")(x, weight, eps, unit_offset)
+        y, rstd = _backends.triton_function("norm", "rms_norm")(x, weight, eps, unit_offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset
         return y
@@ -141,7 +131,7 @@ class _Interpreted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         want_x, want_weight = ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1]
-        grad_x, grad_weight = _triton("rms_norm_backward")(
+        grad_x, grad_weight = _backends.triton_function("norm", "rms_norm_backward")(
             grad, x, weight, rstd, ctx.unit_offset, want_x, want_weight
         )
         return grad_x if want_x else None, grad_weight if want_weight else None, None, None
@@ -149,7 +139,7 @@ class _Interpreted(torch.autograd.Function):
 
 if _native.C is not None:  # it defines the schemas, and the gradient (csrc/bindings/norm.cpp)
     for _op in ("rms_norm", "rms_norm_backward"):
-        torch.library.impl(f"pyvlm::{_op}", "CUDA", _triton(_op))
+        torch.library.impl(f"pyvlm::{_op}", "CUDA", _backends.triton_function("norm", _op))
     torch.library.register_fake("pyvlm::rms_norm", _fake)
     torch.library.register_fake("pyvlm::rms_norm_backward", _fake_backward)
     _backends.refuse_second_derivative("rms_norm")

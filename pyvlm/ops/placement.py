@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
-from pyvlm.ops._backends import refuse_second_derivative, resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve, triton_function
 from pyvlm.ops._checks import Shapes
 from pyvlm.reference import placement as reference
 
@@ -291,24 +291,19 @@ _OPS: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        from pyvlm.triton_kernels import placement  # not before it is needed: Triton takes a second to import
-
-        return getattr(placement, name)(*args)
-
-    return run
-
-
 def _interpreted(op: str) -> type[torch.autograd.Function]:
     """The Triton kernels on CPU tensors, in Triton's interpreter: torch's CPU kernels are the native ones."""
     _, _, setup_context, gradients = _OPS[op]
 
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients(_triton(f"{op}_backward"), ctx, grad)
+        return gradients(triton_function("placement", f"{op}_backward"), ctx, grad)
 
-    functions = {"forward": _triton(op), "setup_context": setup_context, "backward": backward}
+    functions = {
+        "forward": triton_function("placement", op),
+        "setup_context": setup_context,
+        "backward": backward,
+    }
     return type(op, (torch.autograd.Function,), {name: staticmethod(f) for name, f in functions.items()})
 
 
@@ -327,8 +322,8 @@ def _register(op: str) -> None:
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients(getattr(torch.ops.pyvlm, f"{op}_backward"), ctx, grad)
 
-    torch.library.impl(f"pyvlm::{op}", "CUDA", _triton(op))
-    torch.library.impl(f"pyvlm::{op}_backward", "CUDA", _triton(f"{op}_backward"))
+    torch.library.impl(f"pyvlm::{op}", "CUDA", triton_function("placement", op))
+    torch.library.impl(f"pyvlm::{op}_backward", "CUDA", triton_function("placement", f"{op}_backward"))
     torch.library.register_fake(f"pyvlm::{op}", fake)
     torch.library.register_fake(f"pyvlm::{op}_backward", fake_backward)
     torch.library.register_autograd(f"pyvlm::{op}", backward, setup_context=setup_context)

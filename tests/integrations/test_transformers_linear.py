@@ -192,7 +192,7 @@ def test_the_ratio_is_that_of_the_times(
 
         return run
 
-    monkeypatch.setattr(integration, "READ_BYTES", 3 << 14)  # three weights of the least size
+    monkeypatch.setattr(integration, "READ_BYTES", 3 * 4 * 8 * 16)  # three weights
     monkeypatch.setattr(integration.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(integration, ours, product(1.0))
     monkeypatch.setattr(integration.nn.functional, "linear", product(3.0))

@@ -18,6 +18,7 @@ ADVANTAGE = 1.1  # what a layer must gain: less may be the noise of the measurem
 TOKENS = 256  # rows measured forward and backward
 ROUNDS = 7
 READ_BYTES = 1 << 26  # of weights, one after the other, for a decoded token: more than caches hold
+MOST_WEIGHTS = 512  # of them: smaller ones lie in a cache between two tokens of a model too
 
 
 def apply(model: nn.Module, where: Callable[[str], bool] | None = None) -> list[Change]:
@@ -108,7 +109,7 @@ def _decodes_faster_on(shape: tuple[int, int], dtype: torch.dtype, threads: int)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = torch.randn(1, shape[1], generator=generator).to(dtype)
         weight = torch.randn(shape, generator=generator).to(dtype)
-        weights = [weight.clone() for _ in range(-(-READ_BYTES // max(weight.nbytes, 1 << 14)))]
+        weights = [weight.clone() for _ in range(min(MOST_WEIGHTS, -(-READ_BYTES // max(1, weight.nbytes))))]
 
         def decode(product: Callable[..., Tensor]) -> None:
             for each in weights:

@@ -29,22 +29,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., C] → [.., C]."""
-        layers, traced = _projections_of(self), torch.compiler.is_compiling()
-        if not traced and _are_watched([_function_of(self)]):  # somebody wants to see the activation
+        layers, function, traced = _projections_of(self), _function_of(self), torch.compiler.is_compiling()
+        if not traced and _are_watched([function]):  # somebody wants to see the activation
             out: Tensor = super().forward(x)
             return out
         few = x.numel() <= PIECE * x.shape[-1]
         if few or traced or torch.is_grad_enabled() or _are_watched(layers):
-            return self._project(x, *layers)
+            return self._project(x, function, *layers)
         rows = x.reshape(-1, x.shape[-1])
         pieces = rows.tensor_split(-(-rows.shape[0] // PIECE))
-        out = torch.cat([self._project(piece, *layers) for piece in pieces])
+        out = torch.cat([self._project(piece, function, *layers) for piece in pieces])
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _project(self, x: Tensor, first: nn.Module, *others: nn.Module) -> Tensor:
+    def _project(self, x: Tensor, function: Any, first: nn.Module, *others: nn.Module) -> Tensor:
         *second, last = others
         gate, up = first(x), second[0](x) if second else None
-        activation = activation_name(_function_of(self))
+        activation = activation_name(function)
         assert activation is not None, "it was asked for before this class was given"
         out: Tensor = last(gated_activation(gate, up, activation, inplace=_may_overwrite(first, gate, up)))
         return out
