@@ -91,13 +91,19 @@ class NinjaBuildExt(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
+            f"build precompiled.h.gch: compile {CSRC.resolve() / 'precompiled.h'}",
+            "  extra = -x c++-header",
             "rule link",
             f"  command = $cxx $in {link} -o $out",
             "  description = link $out",
         ]
         rows = objects()
         for source, obj, extra in rows:
-            rules += [f"build {obj}: compile {CSRC.resolve() / source}", f"  extra = {extra}"]
+            needs = "" if extra else " | precompiled.h.gch"
+            rules += [
+                f"build {obj}: compile {CSRC.resolve() / source}{needs}",
+                f"  extra = {extra or '-include precompiled.h'}",
+            ]
         rules += [f"build _C.so: link {' '.join(obj for _, obj, _ in rows)}", ""]
         if why_no_cuda() is None:
             rules += self.cuda_rules(includes, libraries)

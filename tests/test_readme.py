@@ -26,7 +26,7 @@ TARGETS = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULT
 QUICK_FORM = {
     "train": ["--variant", "quick"],
     "eval": ["--dialogues", "8"],
-    "ablate": ["--variant", "quick", "--seeds", "1", "--budget", "1e10"],
+    "ablate": ["--variant", "quick", "--seeds", "1", "--budget", "1e10", "--set", "evaluation.dialogues=2"],
 }
 
 

@@ -79,6 +79,16 @@ def summary(samples: list[float]) -> dict[str, float | int]:
     }
 
 
+def peak_memories(calls: dict[str, Call], device: torch.device) -> dict[str, int | None]:
+    """`peak_memory` of several calls."""
+    gc.collect()
+    gc.freeze()  # from here on only what the calls themselves leave is looked through
+    try:
+        return {name: peak_memory(call, device) for name, call in calls.items()}
+    finally:
+        gc.unfreeze()
+
+
 def peak_memory(call: Call, device: torch.device) -> int | None:
     """Peak bytes of one call above those held before it: its results are included, its inputs are not.
 

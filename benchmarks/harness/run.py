@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.limits import COPY, GEMM, limits
-from benchmarks.harness.measure import interleave, peak_memory, summary
+from benchmarks.harness.measure import interleave, peak_memories, summary
 from benchmarks.harness.verify import Expected, verify
 from benchmarks.harness.workload import FORWARD, Cost, Function, Operation, Provider, Unavailable, Workload
 
@@ -103,14 +103,14 @@ def _time(
     measured[COPY]["gbytes_per_s"] = rates[COPY] / 1e9
     least = {GEMM: cost.flops / rates[GEMM], COPY: cost.bytes / rates[COPY]}
     bound = max(least, key=least.__getitem__)
-    for provider, call in calls.items():
+    for provider, peak in peak_memories(calls, work.device).items():
         times = summary(samples[provider])
         outcomes[provider] = {
             "status": TIMED,
             **times,
             "useful_gflops": cost.flops / times["median_s"] / 1e9,
             "of_limit": least[bound] / times["median_s"],
-            "peak_bytes": peak_memory(call, work.device),
+            "peak_bytes": peak,
         }
     return {
         "op": operation.name,

@@ -42,7 +42,13 @@ CASES = [
     for case in SMALL_CASES
 ]
 SMALLER = [
-    replace(case, tokens=min(case.tokens, 50), labeled=min(case.labeled, 40), words=min(case.words, 200))
+    replace(
+        case,
+        tokens=min(case.tokens, 50),
+        labeled=min(case.labeled, 40),
+        hidden=min(case.hidden, 70),
+        words=min(case.words, 200),
+    )
     for case in SMALL_CASES
 ]
 BY_NAME = {case.name: case for case in SMALLER}

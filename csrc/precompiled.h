@@ -1,0 +1,8 @@
+// torch's headers, of which a compiler reads more than of all else: setup.py compiles them once and puts them
+// before every source that is not built for several instruction sets (11 to 25 s an object become 4 to 8).
+// Sources include what they use all the same; the developer build takes them as they are.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
