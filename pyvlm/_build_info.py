@@ -9,7 +9,7 @@ import torch
 from pyvlm import _native
 from pyvlm.ops import _backends
 
-_PACKAGES = ("pyvlm", "torch", "triton", "transformers", "accelerate", "numpy")
+_PACKAGES = ("pyvlm", "triton", "transformers", "accelerate", "numpy")
 
 
 def build_info() -> dict[str, Any]:
@@ -22,7 +22,11 @@ def build_info() -> dict[str, Any]:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with its kind of build, which its package's version may lack
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "cpu": {
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),

@@ -122,7 +122,7 @@ def test_vip_llava() -> None:
         VipLlavaConfig(
             vision_config=CLIP,
             text_config=text | {"model_type": "llama"},
-            vision_feature_layer=[-2, -3, 1, 0],
+            vision_feature_layers=[-2, -3, 1, 0],
         )
     ).double()
     original.projector_layernorm.load_state_dict(norm.state_dict())

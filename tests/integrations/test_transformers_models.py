@@ -4,6 +4,7 @@ Only logits of real tokens are compared: a padding query sees nothing here, and 
 """
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("transformers", reason="transformers, an optional package, i
 import transformers
 from integrations.transformers_models import ENCODERS, FAMILIES, IMAGE, SIZE, Family, noise
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_chunked_causal_mask
 
 import pyvlm
 from pyvlm.integrations.transformers import accelerate, restore
@@ -89,6 +91,9 @@ def test_logits_and_gradients_are_those_of_eager_attention(family: Family, dtype
 def test_generates_the_same_tokens(family: Family, cache: str | None) -> None:
     if family.name == "paligemma2" and cache == "static":
         pytest.skip("transformers' PaliGemma 2 itself fails with a static cache")
+    chunked = signature(create_chunked_causal_mask).parameters
+    if family.name == "llama4" and cache == "static" and "block_sequence_ids" not in chunked:
+        pytest.skip("the Llama 4 of this version of transformers itself fails with a static cache")
     model = family.model(attn_implementation="eager")
     batch = family.batch(model)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "cache_implementation": cache}
