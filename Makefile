@@ -38,12 +38,13 @@ format: $(STAMP)
 build: $(STAMP)
 	$(BUILD)
 
+# --no-compile: Python compiles what is imported; pip would spend a minute on all of it.
 $(STAMP): pyproject.toml setup.py Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; $$($(PYTHON) --version) was found: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

@@ -47,9 +47,9 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in KERNEL_TESTS:
         yield
         return
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports torch's compiler: 3 s
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture

@@ -165,7 +165,8 @@ def test_compiled_models_agree(family: Family) -> None:
     batch = family.batch(model)
     accelerate(model)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    # What AOTAutograd makes of it is asked of one, and of every op by opcheck: it takes a fifth of the time.
+    compiled = torch.compile(model, backend="aot_eager" if family.name == "llava" else "eager")
     with torch.set_grad_enabled(family.name == "llava"):  # tracing the backward takes as long again
         expected = logits(model, batch)
         torch.testing.assert_close(logits(compiled, batch), expected, rtol=1e-4, atol=1e-4)
