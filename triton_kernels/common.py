@@ -105,3 +105,9 @@ def store_rows(rows, tile, row_M, within_M, column_N, within_N, WIDTH: tl.conste
     """Writes what is within of a tile of a [·, WIDTH] tensor, in its dtype."""
     pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
     tl.store(pointers, tile.to(rows.dtype.element_ty), mask=within_M[:, None] & within_N[None, :])
+
+
+@triton.jit
+def halves(tile_MN):
+    """The left and the right columns: what is made of a whole tile would not fit into the registers."""
+    return tl.split(tile_MN.reshape(tile_MN.shape[0], 2, tile_MN.shape[1] // 2).permute(0, 2, 1))

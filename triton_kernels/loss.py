@@ -41,13 +41,15 @@ class Config:
     """Which tiles each kernel takes.
 
     Attributes:
-        logits: of both kernels that make logits.
+        statistics, grad_logits: of the kernels that make logits.
         grad_hidden, grad_weight: of the products of the backward.
-        block: words whose gradients are there at once: a twentieth of a vocabulary of 152,000.
+        block: words whose gradients are there at once: a twentieth of a vocabulary of 152,000. A multiple of
+            every tile's sides, and grad_logits' columns one of grad_hidden's depth: see `loss_kernels`.
         group: row tiles that are worked on together, column by column.
     """
 
-    logits: Tiles
+    statistics: Tiles
+    grad_logits: Tiles
     grad_hidden: Tiles
     grad_weight: Tiles
     block: int = 8192
@@ -56,10 +58,11 @@ class Config:
 
 # Chosen so that ahead-of-time compilation spills no registers (tests/fusion/loss_triton_aot.json shows what
 # each takes); not yet measured on a GPU.
-_HOPPER_AND_BLACKWELL = Config(*[Tiles(128, 128, 64, 8, 4)] * 3)
-_OTHER = Config(*[Tiles(128, 128, 32, 8, 4)] * 3)
-_FLOAT32 = Config(*[Tiles(128, 64, 32, 8, 3)] * 3)
-_INTERPRETER = Config(*[Tiles(64, 64, 64, 4, 1)] * 3, block=512)
+_LARGE = Tiles(128, 256, 64, 8, 4)
+_HOPPER_AND_BLACKWELL = Config(_LARGE, Tiles(128, 128, 64, 8, 4), _LARGE, _LARGE)
+_OTHER = Config(*[Tiles(128, 128, 32, 8, 4)] * 4)
+_FLOAT32 = Config(*[Tiles(128, 64, 32, 8, 3)] * 4)
+_INTERPRETER = Config(*[Tiles(64, 64, 64, 4, 1)] * 4, block=512)
 
 
 def default_config(dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
@@ -106,11 +109,11 @@ def linear_cross_entropy(
         (~p.labeled | ((labels >= 0) & (labels < p.words))).all(),
         "linear_cross_entropy: a label is neither ignore_index nor a word of the vocabulary",
     )
-    tiles = p.config.logits
-    word_tiles = triton.cdiv(p.words, tiles.columns)
+    tiles = p.config.statistics
+    half_tiles = 2 * triton.cdiv(p.words, tiles.columns)
     lse = torch.zeros(p.tokens, dtype=torch.float32, device=hidden.device)
     losses = torch.zeros_like(lse)
-    sums = [lse.new_empty(word_tiles, p.tokens) for _ in range(3 if label_smoothing > 0 else 2)]
+    sums = [lse.new_empty(half_tiles, p.tokens) for _ in range(3 if label_smoothing > 0 else 2)]
     tensors = {
         "largest": sums[0],
         "exponentials": sums[1],
@@ -118,7 +121,7 @@ def linear_cross_entropy(
         "targets": torch.empty_like(lse),
         "lse": lse,
         "losses": losses,
-        "WORD_TILES": word_tiles,
+        "HALF_TILES": half_tiles,
     }
     with torch.cuda.device_of(hidden):
         p.launch_on_rows(statistics_kernel, tiles, p.words, tensors)
@@ -179,7 +182,7 @@ def linear_cross_entropy_backward(
         for first in range(0, p.words, block):
             words = min(block, p.words - first)
             tensors |= {"first_word": first, "words": words}
-            p.launch_on_rows(grad_logits_kernel, tiles.logits, words, tensors)
+            p.launch_on_rows(grad_logits_kernel, tiles.grad_logits, words, tensors)
             if wants_hidden:
                 ends = {"FIRST": first == 0, "LAST": first + words == p.words}
                 p.launch_on_rows(grad_hidden_kernel, tiles.grad_hidden, p.features, tensors | ends)
@@ -228,6 +231,7 @@ class _Problem:
             "rows": rows.to(torch.int32),
             "count": self.count,
             "tokens": self.tokens,
+            "features": self.features,
             "smoothing": label_smoothing,
             "z_loss": z_loss,
             "BLOCK_V": self.config.block,

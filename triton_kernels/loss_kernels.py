@@ -6,8 +6,9 @@
 
 Rows that have a label come first in `rows`; `count` of them there are, which only the GPU knows: programs
 beyond return at once. No atomics: every sum is made by one program, in a fixed order. G is written for a
-block of the vocabulary at a time. The gradient of the loss comes in with the sums: in float16 G times that
-would vanish.
+block of the vocabulary at a time. It is read and written up to BLOCK_V, which is compiled in, not up to
+`words`: a mask by a number that the compiler does not know would load one element at a time. The gradient of
+the loss comes in with the sums: in float16 G times that would vanish.
 
 Letters at the end of a name: M rows of a tile, N columns of it, K of the dimension that is summed over.
 Sizes: T tokens, R of them with a label, H features, V words. H and V are compiled in.
@@ -18,6 +19,7 @@ import triton.language as tl
 from pyvlm.triton_kernels.common import (
     LOG2E,
     dot,
+    halves,
     load_columns_within,
     load_rows_within,
     store_rows,
@@ -26,7 +28,7 @@ from pyvlm.triton_kernels.common import (
 )
 
 # Arguments that differ from call to call: Triton is told not to compile anew for some of them.
-RUNTIME = ("tokens", "row_tiles", "first_word", "words", "smoothing", "z_loss")
+RUNTIME = ("tokens", "row_tiles", "first_word", "words", "features", "smoothing", "z_loss")
 LOWEST = tl.constexpr(-3.0e38)
 
 
@@ -39,26 +41,33 @@ def rows_of_tile(rows, count, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def logits_of_tile(
-    hidden, row_M, weight, bias, word_N, SIZE_H: tl.constexpr, SIZE_V: tl.constexpr, SOFTCAP: tl.constexpr,
+def products_of_tile(
+    hidden, row_M, weight, word_N, features, SIZE_H: tl.constexpr, SIZE_V: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """float32 [M, N]; beyond the vocabulary those of its last word."""
+    """H Wᵀ, float32, as two halves [M, N/2]; beyond the vocabulary those of its last word."""
     word_N = tl.minimum(word_N, SIZE_V - 1)
     column_K = tl.arange(0, BLOCK_K)
     hidden_MK = hidden + row_M.to(tl.int64)[:, None] * SIZE_H + column_K[None, :]
     weight_KN = weight + word_N.to(tl.int64)[None, :] * SIZE_H + column_K[:, None]
-    logit_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, SIZE_H, BLOCK_K):
+    product_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, features, BLOCK_K):  # SIZE_H of them: known, all steps would be written out
         if SIZE_H % BLOCK_K == 0:
             left, right = tl.load(hidden_MK + k), tl.load(weight_KN + k)
         else:
             within_K = k + column_K < SIZE_H
             left = tl.load(hidden_MK + k, mask=within_K[None, :], other=0.0)
             right = tl.load(weight_KN + k, mask=within_K[:, None], other=0.0)
-        logit_MN = dot(left, right, logit_MN, PRECISION)
+        product_MN = dot(left, right, product_MN, PRECISION)
+    return halves(product_MN)
+
+
+@triton.jit
+def logits(product_MN, bias, word_N, SIZE_V: tl.constexpr, SOFTCAP: tl.constexpr):
+    """x of some words, from H Wᵀ."""
+    logit_MN = product_MN
     if bias is not None:
-        logit_MN += tl.load(bias + word_N).to(tl.float32)[None, :]
+        logit_MN += tl.load(bias + tl.minimum(word_N, SIZE_V - 1)).to(tl.float32)[None, :]
     if SOFTCAP > 0:
         logit_MN = SOFTCAP * tanh(logit_MN / SOFTCAP)
     return logit_MN
@@ -77,6 +86,7 @@ def statistics_kernel(
     logit_sums,
     targets,
     tokens: tl.int32,
+    features: tl.int32,
     row_tiles: tl.int32,
     SIZE_H: tl.constexpr,
     SIZE_V: tl.constexpr,
@@ -87,30 +97,38 @@ def statistics_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """What a tile of words leaves of each row, [word tiles, T]: the largest logit, the sum of exponentials
-    and, where it is wanted, of the logits; and the label's logit, targets [T]. Program: a tile."""
+    """What half a tile of words leaves of each row, [half tiles, T]: the largest logit, the sum of
+    exponentials and, where it is wanted, of the logits; and the label's logit, targets [T].
+
+    Program: a tile.
+    """
     tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(SIZE_V, BLOCK_N), GROUP)
     labeled = tl.load(count)
     if tile * BLOCK_M >= labeled:
         return
     place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
-    word_N = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    logit_MN = logits_of_tile(
-        hidden, row_M, weight, bias, word_N, SIZE_H, SIZE_V, SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    within_N = (word_N < SIZE_V)[None, :]
-    to_M = word_tile.to(tl.int64) * tokens + place_M
-    if logit_sums is not None:
-        tl.store(logit_sums + to_M, tl.sum(tl.where(within_N, logit_MN, 0.0), 1), mask=within_M)
     label_M = tl.load(labels + row_M, mask=within_M, other=-1)
-    here_M = (label_M >= word_tile * BLOCK_N) & (label_M < (word_tile + 1) * BLOCK_N)
-    target_M = tl.sum(tl.where(word_N[None, :] == label_M[:, None], logit_MN, 0.0), 1)
-    tl.store(targets + place_M, target_M, mask=within_M & here_M)
-    logit_MN = tl.where(within_N, logit_MN, float("-inf"))
-    largest_M = tl.maximum(tl.max(logit_MN, 1), LOWEST)
-    tl.store(largest + to_M, largest_M, mask=within_M)
-    sum_M = tl.sum(tl.exp2((logit_MN - largest_M[:, None]) * LOG2E), 1)
-    tl.store(exponentials + to_M, sum_M, mask=within_M)
+    first_word = word_tile * BLOCK_N
+    product_halves = products_of_tile(
+        hidden, row_M, weight, first_word + tl.arange(0, BLOCK_N), features, SIZE_H, SIZE_V, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    for i in tl.static_range(2):
+        word_N = first_word + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        within_N = (word_N < SIZE_V)[None, :]
+        logit_MN = logits(product_halves[i], bias, word_N, SIZE_V, SOFTCAP)
+        to_M = (2 * word_tile + i).to(tl.int64) * tokens + place_M
+        if logit_sums is not None:
+            tl.store(logit_sums + to_M, tl.sum(tl.where(within_N, logit_MN, 0.0), 1), mask=within_M)
+        target_M = tl.sum(tl.where(word_N[None, :] == label_M[:, None], logit_MN, 0.0), 1)
+        place_of_label_M = label_M - first_word - i * (BLOCK_N // 2)
+        here_M = (place_of_label_M >= 0) & (place_of_label_M < BLOCK_N // 2)
+        tl.store(targets + place_M, target_M, mask=within_M & here_M)
+        logit_MN = tl.where(within_N, logit_MN, float("-inf"))
+        largest_M = tl.maximum(tl.max(logit_MN, 1), LOWEST)
+        tl.store(largest + to_M, largest_M, mask=within_M)
+        sum_M = tl.sum(tl.exp2((logit_MN - largest_M[:, None]) * LOG2E), 1)
+        tl.store(exponentials + to_M, sum_M, mask=within_M)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -126,7 +144,7 @@ def combine_kernel(
     tokens: tl.int32,
     smoothing: tl.float32,
     z_loss: tl.float32,
-    WORD_TILES: tl.constexpr,
+    HALF_TILES: tl.constexpr,
     SIZE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -139,7 +157,7 @@ def combine_kernel(
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     of_all_M = tl.zeros([BLOCK_M], tl.float32)
     from_M = place_M.to(tl.int64)
-    for _ in tl.range(WORD_TILES):
+    for _ in tl.range(HALF_TILES):
         new_M = tl.load(largest + from_M, mask=within_M, other=LOWEST)
         both_M = tl.maximum(largest_M, new_M)
         part_M = tl.load(exponentials + from_M, mask=within_M, other=0.0)
@@ -168,6 +186,7 @@ def grad_logits_kernel(
     count,
     lse,
     grads,
+    features: tl.int32,
     row_tiles: tl.int32,
     first_word: tl.int32,
     words: tl.int32,
@@ -183,25 +202,31 @@ def grad_logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """G of a block of words: grads [T, BLOCK_V], rows with a label first. Program: a tile."""
+    """G of a block of words: grads [T, BLOCK_V], rows with a label first; 0 beyond the last word, as far as
+    its tile goes. Program: a tile."""
     tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(words, BLOCK_N), GROUP)
     labeled = tl.load(count)
     if tile * BLOCK_M >= labeled:
         return
     place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
-    column_N = word_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    word_N = first_word + column_N
-    logit_MN = logits_of_tile(
-        hidden, row_M, weight, bias, word_N, SIZE_H, SIZE_V, SOFTCAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-    )
     lse_M = tl.load(lse + row_M, mask=within_M, other=0.0)
     label_M = tl.load(labels + row_M, mask=within_M, other=-1)
-    grad_MN = tl.exp2((logit_MN - lse_M[:, None]) * LOG2E) * (1 + 2 * z_loss * lse_M)[:, None]
-    grad_MN -= tl.where(word_N[None, :] == label_M[:, None], 1 - smoothing, 0.0) + smoothing / SIZE_V
-    if SOFTCAP > 0:
-        bent_MN = logit_MN / SOFTCAP
-        grad_MN *= 1 - bent_MN * bent_MN
-    store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < words, BLOCK_V)
+    first_column = word_tile * BLOCK_N
+    product_halves = products_of_tile(
+        hidden, row_M, weight, first_word + first_column + tl.arange(0, BLOCK_N), features, SIZE_H, SIZE_V,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    for i in tl.static_range(2):
+        column_N = first_column + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        word_N = first_word + column_N
+        logit_MN = logits(product_halves[i], bias, word_N, SIZE_V, SOFTCAP)
+        grad_MN = tl.exp2((logit_MN - lse_M[:, None]) * LOG2E) * (1 + 2 * z_loss * lse_M)[:, None]
+        grad_MN -= tl.where(word_N[None, :] == label_M[:, None], 1 - smoothing, 0.0) + smoothing / SIZE_V
+        if SOFTCAP > 0:
+            bent_MN = logit_MN / SOFTCAP
+            grad_MN *= 1 - bent_MN * bent_MN
+        grad_MN = tl.where((column_N < words)[None, :], grad_MN, 0.0)
+        store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < BLOCK_V, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -238,15 +263,20 @@ def grad_hidden_kernel(
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(0, words, BLOCK_K):
         word_K = k + tl.arange(0, BLOCK_K)
-        grad_MK = load_rows_within(grads, place_M, within_M, word_K, word_K < words, BLOCK_V)
+        grad_MK = load_rows_within(grads, place_M, within_M, word_K, word_K < BLOCK_V, BLOCK_V)
         weight_KN = load_rows_within(weight, first_word + word_K, word_K < words, column_N, within_N, SIZE_H)
         sum_MN = dot(grad_MK, weight_KN, sum_MN, PRECISION)
-    if not FIRST:
-        sum_MN += load_rows_within(sums, place_M, within_M, column_N, within_N, SIZE_H)
-    if LAST:
-        store_rows(grad_hidden, sum_MN * tl.load(scale), row_M, within_M, column_N, within_N, SIZE_H)
-    else:
-        store_rows(sums, sum_MN, place_M, within_M, column_N, within_N, SIZE_H)
+    sum_halves = halves(sum_MN)
+    for i in tl.static_range(2):
+        half_N = column_tile * BLOCK_N + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        half_MN = sum_halves[i]
+        if not FIRST:
+            half_MN += load_rows_within(sums, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
+        if LAST:
+            half_MN *= tl.load(scale)
+            store_rows(grad_hidden, half_MN, row_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
+        else:
+            store_rows(sums, half_MN, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -278,7 +308,7 @@ def grad_weight_kernel(
     row_K = tl.load(rows + place_K, mask=place_K < labeled, other=0)
     for _ in tl.range(0, labeled, BLOCK_K):
         within_K = place_K < labeled
-        grad_MK = load_columns_within(grads, place_K, within_K, word_M, within_M, BLOCK_V)
+        grad_MK = load_columns_within(grads, place_K, within_K, word_M, word_M < BLOCK_V, BLOCK_V)
         hidden_KN = load_rows_within(hidden, row_K, within_K, column_N, within_N, SIZE_H)
         sum_MN = dot(grad_MK, hidden_KN, sum_MN, PRECISION)
         place_K += BLOCK_K  # the next rows are read ahead: loads that wait for them would not be
@@ -306,8 +336,8 @@ def grad_bias_kernel(
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, labeled, BLOCK_M):
         place_M = first + tl.arange(0, BLOCK_M)
-        sum_MN += load_rows_within(grads, place_M, place_M < labeled, column_N, within_N, BLOCK_V).to(
-            tl.float32
-        )
+        within_M = place_M < labeled
+        grad_MN = load_rows_within(grads, place_M, within_M, column_N, column_N < BLOCK_V, BLOCK_V)
+        sum_MN += grad_MN.to(tl.float32)
     sum_N = tl.sum(sum_MN, 0) * tl.load(scale)
     tl.store(grad_bias + first_word + column_N, sum_N.to(grad_bias.dtype.element_ty), mask=within_N)

@@ -12,12 +12,13 @@ import triton.language as tl
 from pyvlm.triton_kernels.common import (
     activate,
     dot,
+    halves,
     load_columns_within,
     load_rows_within,
     store_rows,
     tile_of,
 )
-from pyvlm.triton_kernels.moe_tiles import RUNTIME, halves, load_index, product, slots_of, slots_of_tile
+from pyvlm.triton_kernels.moe_tiles import RUNTIME, load_index, product, slots_of, slots_of_tile
 
 
 @triton.jit

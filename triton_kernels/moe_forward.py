@@ -8,8 +8,8 @@ Letters and terms: see `moe_tiles`.
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import activate, store_rows, tile_of
-from pyvlm.triton_kernels.moe_tiles import RUNTIME, halves, load_index, product, slots_of_tile
+from pyvlm.triton_kernels.common import activate, halves, store_rows, tile_of
+from pyvlm.triton_kernels.moe_tiles import RUNTIME, load_index, product, slots_of_tile
 
 
 @triton.jit

@@ -157,9 +157,3 @@ def product(
             )
             pair_MN = dot(row_MK, other_NK.T, pair_MN, PRECISION)
     return acc_MN, pair_MN
-
-
-@triton.jit
-def halves(tile_MN):
-    """The left and the right columns: what is made of a whole tile would not fit into the registers."""
-    return tl.split(tile_MN.reshape(tile_MN.shape[0], 2, tile_MN.shape[1] // 2).permute(0, 2, 1))
