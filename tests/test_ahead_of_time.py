@@ -31,6 +31,39 @@ TABLES = {  # by the beginning of the modules' names
 }
 
 
+LISTING = """
+.text.kernel:
+        /*0000*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+.L_x_0:
+        /*0010*/                   IADD3 R0, R0, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR9+0x18000], R88 ;
+        /*0030*/              @!P4 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/                   LDL.64 R2, [R1+0x8] ;
+        /*0060*/                   LDG.E.U16 R3, desc[UR6][R4.64] ;
+        /*0070*/               @P0 BRA `(.L_x_1) ;
+        /*0080*/                   STL [R1], R0 ;
+        /*0090*/               @P1 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR9+0x18000], R88 ;
+        /*00c0*/              @!P4 BRA `(.L_x_3) ;
+        /*00d0*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_a_main_loop_is_an_innermost_one_with_matrix_instructions() -> None:
+    (loop,) = ahead_of_time.main_loops(LISTING)  # neither the outer loop, nor the wait beyond the end
+    assert [line.split()[0] for line in loop] == [
+        *("SYNCS.PHASECHK.TRANS64.TRYWAIT", "@!P4", "HGMMA.64x64x16.F32.BF16"),
+        *("LDL.64", "LDG.E.U16", "@P0"),
+    ]
+    assert [bool(ahead_of_time.SPILL.search(line)) for line in loop] == [False] * 3 + [True, False, False]
+    assert [bool(ahead_of_time.NARROW_LOAD.search(line)) for line in loop] == [False] * 4 + [True, False]
+
+
 def kernels() -> list[tuple[str, str]]:
     """Family and name of all that is launched; other functions of Triton's are inlined."""
     found = []

@@ -17,7 +17,7 @@ import triton
 from pyvlm.triton_kernels.attention_backward import grad_kv_kernel, grad_q_kernel, row_statistics
 from pyvlm.triton_kernels.attention_decode import combine_kernel, decode_kernel
 from pyvlm.triton_kernels.attention_forward import forward_kernel
-from pyvlm.triton_kernels.attention_tiles import summarise_keys, summarise_queries
+from pyvlm.triton_kernels.attention_tiles import PADDING, summarise_keys, summarise_queries
 from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, launch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -41,45 +41,38 @@ class Config:
     """Which tiles each kernel takes.
 
     Attributes:
-        forward, grad_q, grad_kv: their tiles.
-        grad_kv_both: grad_kv's where two ranges share a softmax, if others: that takes more registers.
+        forward, grad_q, grad_kv: their tiles, of at most 128 queries and keys.
         decode_keys: keys of a tile of the decode kernel.
         decode_rows: up to so many rows (streams · heads of a group · queries) are decoded with split keys.
         splits: at most so many; a power of two.
         descriptors: load by tensor descriptors, which the hardware knows from compute capability 9.0 on.
-        chunk: tiles whose visibility is looked at together; a power of two, at most 64.
+        chunk: tiles whose visibility is looked at together; a power of two, at most 32.
     """
 
     forward: Tiles
     grad_q: Tiles
     grad_kv: Tiles
-    grad_kv_both: Tiles | None = None
     decode_keys: int = 64
     decode_rows: int = 64
     splits: int = 64
     descriptors: bool = False
-    chunk: int = 64
+    chunk: int = 32
 
 
-# Chosen so that ahead-of-time compilation spills no registers, but in float32 above a head dimension of 64,
-# where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes); not yet measured
-# on a GPU. By GPU, then by the largest padded head dimension: forward, grad_q, grad_kv. With wgmma or tcgen05
-# grad_kv of 256 spilled in every tiling tried (72 bytes or more on sm_90, 624 on sm_100): it goes without.
+# Chosen so that ahead-of-time compilation spills no registers in a main loop, but in float32 above a head
+# dimension of 128, where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes),
+# and among those for the fewest instructions a score; not yet measured on a GPU. By GPU, then by the largest
+# padded head dimension: forward, grad_q, grad_kv. With wgmma or tcgen05 grad_kv of 256 spilled in the tilings
+# tried: it goes without.
 _BLACKWELL = {
     64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
     128: Config(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), descriptors=True),
     256: Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), descriptors=True),
 }
 _HOPPER = {
-    64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
-    128: Config(
-        Tiles(128, 64, 8, 2),
-        Tiles(128, 64, 8, 2),
-        Tiles(32, 128, 8, 2),
-        grad_kv_both=Tiles(32, 128, 8, 1),
-        descriptors=True,
-    ),
-    256: Config(Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), descriptors=True),
+    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    128: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
+    256: Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), descriptors=True),
 }
 _OTHER = {
     64: Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 1)),
@@ -140,8 +133,10 @@ def span_attention(
         TypeError: a dtype that the kernels do not have (float64).
         ValueError: a head dimension above 256.
     """
-    p = _Problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, config)
     out = torch.empty_like(q)
+    if scale < 0:  # the kernels take the greatest product for that of the greatest score
+        q, scale = -q, -scale
+    p = _Problem(q, k, v, bounds, key_class, range_classes, separate, scale, softcap, config)
     stream_out = torch.empty_like(q) if p.streams == 2 else q.new_empty(0)
     lse = q.new_empty((p.batch, p.heads, p.streams, p.queries), dtype=torch.float32)
     out_rows = _rows_to_write(out)
@@ -155,7 +150,7 @@ def span_attention(
         else:
             tiles = p.config.forward
             arguments = p.arguments(tiles, {"q": p.q, "out": out_rows}, {"k": p.k, "v": p.v}, tiles.keys)
-            arguments |= others | {"tile_classes": _tile_classes(p, tiles)}
+            arguments |= others | _keys_seen(p, tiles)
             launch(forward_kernel, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
     _copy_back((out, out_rows), (stream_out, stream_rows))
     return out, stream_out, lse
@@ -216,38 +211,39 @@ def span_attention_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_q, grad_k, grad_v = (_rows_to_write(grad) for grad in grads)
     lse = lse.contiguous()
-    delta, lse_2 = torch.empty_like(lse), torch.empty_like(lse)
+    row_blocks = triton.cdiv(p.queries, PADDING.value)
+    delta, lse_2 = (lse.new_empty(*lse.shape[:3], row_blocks * PADDING.value) for _ in range(2))
     grad_out = torch.zeros_like(q) if grad_out is None else grad_out.to(q.dtype)
     grad_out, out = _rows(grad_out), _rows(out)
     stream_out = _rows(stream_out) if p.streams == 2 else None
     if stream_out is not None and stream_out.stride() != out.stride():
         out, stream_out = out.contiguous(), stream_out.contiguous()
-    others: dict[str, Any] = {"delta": delta, "lse_2": lse_2, "stream_out": stream_out, "lse": lse}
+    others: dict[str, Any] = {"delta": delta, "lse_2": lse_2, "row_blocks": row_blocks, "lse": lse}
+    others["stream_out"] = stream_out
     others["grad_lse"] = None if grad_lse is None else grad_lse.float().contiguous()
     with torch.cuda.device_of(q):
         tiles = Tiles(32, 16, 4, 1)
         arguments = p.arguments(tiles, {"out": out, "grad_out": grad_out}) | others
-        launch(row_statistics, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
+        programs = p.batch * p.heads * row_blocks * (PADDING.value // tiles.queries)
+        launch(row_statistics, (programs,), tiles, arguments)
 
         tiles = p.config.grad_q
         plain = {"q": p.q, "grad_out": grad_out, "grad_q": grad_q}
         arguments = p.arguments(tiles, plain, {"k": p.k, "v": p.v}, tiles.keys) | others
-        arguments["tile_classes"] = _tile_classes(p, tiles)
+        arguments |= _keys_seen(p, tiles)
         launch(grad_q_kernel, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
 
-        both = p.ranges == 2 and not p.separate
-        tiles = (both and p.config.grad_kv_both) or p.config.grad_kv
+        tiles = p.config.grad_kv
         plain = {"k": p.k, "v": p.v, "grad_k": grad_k, "grad_v": grad_v}
         arguments = p.arguments(tiles, plain, {"q": p.q, "grad_out": grad_out}, tiles.queries) | others
-        arguments["tile_classes"] = _tile_classes(p, tiles)
-        arguments["tile_extremes"] = _tile_extremes(p, tiles)
+        arguments |= _keys_seen(p, tiles) | _query_ranges(p, tiles, row_blocks)
         launch(grad_kv_kernel, (p.batch * p.key_heads * arguments["key_tiles"],), tiles, arguments)
     _copy_back(*zip(grads, (grad_q, grad_k, grad_v), strict=True))
     if sinks is None:
         return *grads, q.new_empty(0)
     # d lse / d sink = exp(sink − lse), and delta holds −dlse.
     share = torch.exp(sinks.float()[:, None, None] - lse)
-    return *grads, -(share * delta).sum((0, 2, 3)).to(sinks.dtype)
+    return *grads, -(share * delta[..., : p.queries]).sum((0, 2, 3)).to(sinks.dtype)
 
 
 class _Problem:
@@ -332,7 +328,8 @@ class _Problem:
             "key_tiles": triton.cdiv(self.keys, tiles.keys),
             "mask_0": self.masks[0],
             "mask_1": self.masks[1],
-            "factor": self.scale / self.softcap if self.softcap else self.scale * LOG2E,
+            # Not 0: times −∞, a masked score, that would be no number.
+            "factor": (self.scale / self.softcap if self.softcap else self.scale * LOG2E) or 1e-30,
             "cap": self.softcap * LOG2E,
             "scale": self.scale,
             "D": self.head_dim,
@@ -349,22 +346,30 @@ class _Problem:
         }
 
 
-def _tile_classes(p: _Problem, tiles: Tiles) -> Tensor:
-    """int32 [B, key tiles]: which classes the keys of a tile have."""
+def _keys_seen(p: _Problem, tiles: Tiles) -> dict[str, Any]:
+    """What kernels know of the keys: the classes in each tile, and which keys each range sees."""
     arguments = p.arguments(tiles, {})
-    arguments["tile_classes"] = p.bounds.new_empty((p.batch, arguments["key_tiles"]))
-    grid = (p.batch, triton.cdiv(arguments["key_tiles"], p.config.chunk))
-    launch(summarise_keys, grid, Tiles(1, 1, 4, 1), arguments)
-    return arguments["tile_classes"]
+    key_blocks = triton.cdiv(p.keys, PADDING.value)
+    made = {
+        "tile_classes": p.bounds.new_empty((p.batch, arguments["key_tiles"])),
+        "key_positions": p.bounds.new_empty((p.batch, p.ranges, key_blocks * PADDING.value)),
+        "key_blocks": key_blocks,
+    }
+    grid = (p.batch, triton.cdiv(key_blocks * (PADDING.value // tiles.keys), p.config.chunk))
+    launch(summarise_keys, grid, Tiles(1, 1, 4, 1), arguments | made)
+    return made
 
 
-def _tile_extremes(p: _Problem, tiles: Tiles) -> Tensor:
-    """int32 [B, R, 4, query tiles]: least and greatest bounds of the ranges of a tile."""
-    arguments = p.arguments(tiles, {})
-    arguments["tile_extremes"] = p.bounds.new_empty((p.batch, p.ranges, 4, arguments["query_tiles"]))
-    grid = (p.batch, triton.cdiv(arguments["query_tiles"], p.config.chunk))
-    launch(summarise_queries, grid, Tiles(1, 1, 4, 1), arguments)
-    return arguments["tile_extremes"]
+def _query_ranges(p: _Problem, tiles: Tiles, row_blocks: int) -> dict[str, Tensor]:
+    """What grad_kv knows of the queries' ranges: the extremes of each tile's, and each query's."""
+    arguments = p.arguments(tiles, {}) | {"row_blocks": row_blocks}
+    made = {
+        "tile_extremes": p.bounds.new_empty((p.batch, p.ranges, 4, arguments["query_tiles"])),
+        "row_ranges": p.bounds.new_empty((p.batch, p.ranges, 2, row_blocks * PADDING.value)),
+    }
+    grid = (p.batch, triton.cdiv(row_blocks * (PADDING.value // tiles.queries), p.config.chunk))
+    launch(summarise_queries, grid, Tiles(1, 1, 4, 1), arguments | made)
+    return made
 
 
 def _padded(head_dim: int) -> int:

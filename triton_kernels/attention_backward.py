@@ -13,13 +13,16 @@ import triton.language as tl
 from pyvlm.triton_kernels.attention_tiles import (
     FAR,
     INFINITY,
+    PADDING,
     RUNTIME,
     extremes,
-    load_classes,
+    load_positions,
     load_ranges,
     load_tile,
     lowest_bit,
+    padded_row,
     scores,
+    slope,
     store_tile,
     tile_sets,
     visible,
@@ -46,7 +49,7 @@ def row_statistics(
     heads: tl.int32,
     queries: tl.int32,
     keys: tl.int32,
-    query_tiles: tl.int32,
+    row_blocks: tl.int32,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RANGES: tl.constexpr,
@@ -54,18 +57,20 @@ def row_statistics(
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta and lse_2, both [B, H, S, I]: what the other two kernels need of each row.
+    """delta and lse_2, both [B, H, S, rows]: what the other two kernels need of each row.
 
-    lse_2 is the lse in units of log 2, and +∞ where the row saw nothing: its P is exp2(s − ∞) = 0.
+    lse_2 is the lse in units of log 2, and +∞ where the row saw nothing: its P is exp2(s − ∞) = 0. So it is
+    in the rows beyond the last query, up to a whole number of PADDING: no tile needs a mask to read them.
     Program: a tile of queries of one sample and head.
     """
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
     BOTH: tl.constexpr = RANGES == 2 and not SEPARATE
     SHAPE: tl.constexpr = (D, BLOCK_D, ALIGN)
     program = tl.program_id(0)
-    first_query = program % query_tiles * BLOCK_M
-    head = program // query_tiles % heads
-    batch = program // query_tiles // heads
+    tiles = row_blocks * (PADDING // BLOCK_M)
+    first_query = program % tiles * BLOCK_M
+    head = program // tiles % heads
+    batch = program // tiles // heads
     query_M = first_query + tl.arange(0, BLOCK_M)
     out_at = (out, out_batch, out_head, out_row)
     grad_out_at = (grad_out, grad_out_batch, grad_out_head, grad_out_row)
@@ -78,7 +83,8 @@ def row_statistics(
             stream_MD = first_MD.to(tl.float32) if stream == 0 else out_MD - first_MD.to(tl.float32)
         else:
             stream_MD = out_MD
-        row_M = ((batch.to(tl.int64) * heads + head) * STREAMS + stream) * queries + query_M
+        row = (batch.to(tl.int64) * heads + head) * STREAMS + stream
+        row_M = row * queries + query_M
         within_M = query_M < queries
         delta_M = tl.sum(grad_MD.to(tl.float32) * stream_MD, 1)
         if grad_lse is not None:
@@ -86,9 +92,9 @@ def row_statistics(
         lse_M = tl.load(lse + row_M, mask=within_M, other=-INFINITY)
         idle_M = load_ranges(bounds, batch, query_M, queries, keys, stream, 0, 0, RANGES, BOTH)[1]
         # An lse of −∞ has no gradient, whatever its cotangent is.
-        tl.store(delta + row_M, tl.where(lse_M == -INFINITY, 0.0, delta_M), mask=within_M)
-        lse_2_M = tl.where(idle_M | (lse_M == -INFINITY), INFINITY, lse_M * LOG2E)
-        tl.store(lse_2 + row_M, lse_2_M, mask=within_M)
+        to_M = padded_row(row, row_blocks) + query_M
+        tl.store(delta + to_M, tl.where(lse_M == -INFINITY, 0.0, delta_M))
+        tl.store(lse_2 + to_M, tl.where(idle_M | (lse_M == -INFINITY), INFINITY, lse_M * LOG2E))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -98,8 +104,8 @@ def grad_q_kernel(
     v,
     grad_out,
     bounds,
-    key_class,
     tile_classes,
+    key_positions,
     delta,
     lse_2,
     grad_q,
@@ -124,6 +130,8 @@ def grad_q_kernel(
     keys: tl.int32,
     query_tiles: tl.int32,
     key_tiles: tl.int32,
+    row_blocks: tl.int32,
+    key_blocks: tl.int32,
     mask_0: tl.int32,
     mask_1: tl.int32,
     factor: tl.float32,
@@ -142,6 +150,7 @@ def grad_q_kernel(
     CHUNK: tl.constexpr,
 ):
     """grad_q [B, H, I, D]. Program: a tile of queries of one sample and head."""
+    tl.static_assert(PADDING % BLOCK_M == 0 and PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
     BOTH: tl.constexpr = RANGES == 2 and not SEPARATE
     SHAPE: tl.constexpr = (D, BLOCK_D, ALIGN)
@@ -169,9 +178,8 @@ def grad_q_kernel(
         edges = extremes(ranges[0], ranges[1], idle_M, 0)
         edges_1 = extremes(ranges[3], ranges[4], idle_M, 0)
         begin, end = tl.minimum(edges[0], edges_1[0]), tl.maximum(edges[3], edges_1[3])
-        row_M = ((batch.to(tl.int64) * heads + head) * STREAMS + stream) * queries + query_M
-        delta_M = tl.load(delta + row_M, mask=query_M < queries, other=0.0)
-        lse_M = tl.load(lse_2 + row_M, mask=query_M < queries, other=INFINITY)
+        row_M = padded_row((batch.to(tl.int64) * heads + head) * STREAMS + stream, row_blocks) + query_M
+        delta_M, lse_M = tl.load(delta + row_M), tl.load(lse_2 + row_M)
         for first_tile in tl.range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N), CHUNK):
             tile_T = first_tile + tl.arange(0, CHUNK)
             present_T = tl.load(classes + tile_T, mask=tile_T < key_tiles, other=0)
@@ -185,10 +193,10 @@ def grad_q_kernel(
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
                 v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
-                s_MN, slope_MN = scores(product_MN, factor, cap, SOFTCAP)
-                p_MN = tl.exp2(s_MN - lse_M[:, None])
+                x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
+                p_MN = tl.exp2(x_MN * unit - lse_M[:, None])
                 grad_p_MN = dot(grad_out_MD, v_ND.T, None, PRECISION)
-                grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope_MN
+                grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope(x_MN, SOFTCAP)
                 grad_q_MD = dot(grad_s_MN.to(k_ND.dtype), k_ND, grad_q_MD, PRECISION)
 
             for _ in tl.range(partial_count):
@@ -196,14 +204,15 @@ def grad_q_kernel(
                 partial = partial & (partial - 1)
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
                 v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
-                key_N = first_key + tl.arange(0, BLOCK_N)
-                class_N = load_classes(key_class, batch, key_N, keys)
+                positions = load_positions(
+                    key_positions, batch, stream, first_key, key_blocks, RANGES, BOTH, BLOCK_N
+                )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
-                s_MN, slope_MN = scores(product_MN, factor, cap, SOFTCAP)
-                seen_MN = visible(ranges, key_N, class_N, BOTH, False)
-                p_MN = tl.exp2(tl.where(seen_MN, s_MN - lse_M[:, None], -INFINITY))
+                x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
+                seen_MN = visible(ranges, positions, BOTH, False)
+                p_MN = tl.exp2(tl.where(seen_MN, x_MN * unit - lse_M[:, None], -INFINITY))
                 grad_p_MN = dot(grad_out_MD, v_ND.T, None, PRECISION)
-                grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope_MN
+                grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope(x_MN, SOFTCAP)
                 grad_q_MD = dot(grad_s_MN.to(k_ND.dtype), k_ND, grad_q_MD, PRECISION)
     grad_q_at = (grad_q, grad_q_batch, grad_q_head, grad_q_row)
     store_tile(grad_q_at, grad_q_MD * scale, batch, head, first_query, queries, BLOCK_M, SHAPE)
@@ -227,10 +236,10 @@ def grad_kv_kernel(
     k,
     v,
     grad_out,
-    bounds,
-    key_class,
     tile_classes,
+    key_positions,
     tile_extremes,
+    row_ranges,
     delta,
     lse_2,
     grad_k,
@@ -259,6 +268,8 @@ def grad_kv_kernel(
     keys: tl.int32,
     query_tiles: tl.int32,
     key_tiles: tl.int32,
+    row_blocks: tl.int32,
+    key_blocks: tl.int32,
     mask_0: tl.int32,
     mask_1: tl.int32,
     factor: tl.float32,
@@ -281,6 +292,7 @@ def grad_kv_kernel(
     Score tiles are transposed, [N, M]: as they stand they are the left operands of dV and dK. Ranges need not
     grow with the query (a token of an image may see only itself), so every query tile is looked at.
     """
+    tl.static_assert(PADDING % BLOCK_M == 0 and PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
     BOTH: tl.constexpr = RANGES == 2 and not SEPARATE
     SHAPE: tl.constexpr = (D, BLOCK_D, ALIGN)
@@ -296,8 +308,6 @@ def grad_kv_kernel(
     v_at = (v, v_batch, v_head, v_row)
     k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, False, True)
     v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, False, True)
-    key_N = first_key + tl.arange(0, BLOCK_N)
-    class_N = load_classes(key_class, batch, key_N, keys)
     present = tl.load(tile_classes + batch.to(tl.int64) * key_tiles + tile_n)
 
     grad_k_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -306,7 +316,8 @@ def grad_kv_kernel(
         head = key_head * group + head_and_stream // STREAMS
         stream = head_and_stream % STREAMS
         mask = tl.where(stream == 0, mask_0, mask_1)
-        rows = ((batch.to(tl.int64) * heads + head) * STREAMS + stream) * queries
+        positions = load_positions(key_positions, batch, stream, first_key, key_blocks, RANGES, BOTH, BLOCK_N)
+        rows = padded_row((batch.to(tl.int64) * heads + head) * STREAMS + stream, row_blocks)
         for first_tile in tl.range(0, query_tiles, CHUNK):
             tile_T = first_tile + tl.arange(0, CHUNK)
             edges = load_edges(tile_extremes, batch, stream, tile_T, query_tiles, RANGES)
@@ -324,14 +335,13 @@ def grad_kv_kernel(
                     grad_out_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True
                 )
                 query_M = first_query + tl.arange(0, BLOCK_M)
-                lse_M = tl.load(lse_2 + rows + query_M, mask=query_M < queries, other=INFINITY)
-                delta_M = tl.load(delta + rows + query_M, mask=query_M < queries, other=0.0)
+                lse_M, delta_M = tl.load(lse_2 + rows + query_M), tl.load(delta + rows + query_M)
                 product_NM = dot(k_ND, q_MD.T, None, PRECISION)
-                s_NM, slope_NM = scores(product_NM, factor, cap, SOFTCAP)
-                p_NM = tl.exp2(s_NM - lse_M[None, :])
+                x_NM, unit = scores(product_NM, factor, cap, SOFTCAP)
+                p_NM = tl.exp2(x_NM * unit - lse_M[None, :])
                 grad_v_ND = dot(p_NM.to(k_ND.dtype), grad_out_MD, grad_v_ND, PRECISION)
                 grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
-                grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope_NM
+                grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope(x_NM, SOFTCAP)
                 grad_k_ND = dot(grad_s_NM.to(k_ND.dtype), q_MD, grad_k_ND, PRECISION)
 
             for _ in tl.range(partial_count):
@@ -342,18 +352,23 @@ def grad_kv_kernel(
                     grad_out_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True
                 )
                 query_M = first_query + tl.arange(0, BLOCK_M)
-                lse_M = tl.load(lse_2 + rows + query_M, mask=query_M < queries, other=INFINITY)
-                delta_M = tl.load(delta + rows + query_M, mask=query_M < queries, other=0.0)
-                ranges = load_ranges(
-                    bounds, batch, query_M, queries, keys, stream, mask_0, mask_1, RANGES, BOTH
-                )[0]
+                lse_M, delta_M = tl.load(lse_2 + rows + query_M), tl.load(delta + rows + query_M)
+                range_M = (
+                    row_ranges + padded_row((batch.to(tl.int64) * RANGES + stream) * 2, row_blocks) + query_M
+                )
+                lo_M, hi_M = tl.load(range_M), tl.load(range_M + row_blocks * PADDING)
+                lo_1_M, hi_1_M = lo_M, hi_M
+                if BOTH:
+                    lo_1_M = tl.load(range_M + 2 * row_blocks * PADDING)
+                    hi_1_M = tl.load(range_M + 3 * row_blocks * PADDING)
+                ranges = (lo_M, hi_M, mask, lo_1_M, hi_1_M, mask_1)
                 product_NM = dot(k_ND, q_MD.T, None, PRECISION)
-                s_NM, slope_NM = scores(product_NM, factor, cap, SOFTCAP)
-                seen_NM = visible(ranges, key_N, class_N, BOTH, True)
-                p_NM = tl.exp2(tl.where(seen_NM, s_NM - lse_M[None, :], -INFINITY))
+                x_NM, unit = scores(product_NM, factor, cap, SOFTCAP)
+                seen_NM = visible(ranges, positions, BOTH, True)
+                p_NM = tl.exp2(tl.where(seen_NM, x_NM * unit - lse_M[None, :], -INFINITY))
                 grad_v_ND = dot(p_NM.to(k_ND.dtype), grad_out_MD, grad_v_ND, PRECISION)
                 grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
-                grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope_NM
+                grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope(x_NM, SOFTCAP)
                 grad_k_ND = dot(grad_s_NM.to(k_ND.dtype), q_MD, grad_k_ND, PRECISION)
     grad_k_at = (grad_k, grad_k_batch, grad_k_head, grad_k_row)
     grad_v_at = (grad_v, grad_v_batch, grad_v_head, grad_v_row)

@@ -14,11 +14,12 @@ from pyvlm.triton_kernels.attention_tiles import (
     INFINITY,
     LN2,
     RUNTIME,
+    keys_of_classes,
     load_classes,
     load_ranges,
     load_tile,
     scores,
-    sees,
+    within_range,
 )
 from pyvlm.triton_kernels.common import LOG2E, dot
 
@@ -105,14 +106,15 @@ def decode_kernel(
         v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, False, True)
         key_N = first_key + tl.arange(0, BLOCK_N)
         class_N = load_classes(key_class, batch, key_N, keys)
-        key_1N, class_1N = key_N[None, :], class_N[None, :]
-        seen_MN = sees(lo_M[:, None], hi_M[:, None], mask_M[:, None], key_1N, class_1N)
+        key_MN = keys_of_classes(key_N[None, :], class_N[None, :], mask_M[:, None])
+        seen_MN = within_range(key_MN, lo_M[:, None], hi_M[:, None])
         if BOTH:
-            seen_MN = seen_MN | sees(lo_1_M[:, None], hi_1_M[:, None], mask_1, key_1N, class_1N)
+            key_1N = keys_of_classes(key_N, class_N, mask_1)[None, :]
+            seen_MN = seen_MN | within_range(key_1N, lo_1_M[:, None], hi_1_M[:, None])
         product_MN = dot(q_MD, k_ND.T, None, PRECISION)
-        s_MN = scores(product_MN, factor, cap, SOFTCAP)[0]
-        s_MN = tl.where(seen_MN, s_MN, -INFINITY)
-        acc_MD, max_M, sum_M = accumulate(s_MN, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
+        x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
+        x_MN = tl.where(seen_MN, x_MN, -INFINITY)
+        acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
 
     part_M = program.to(tl.int64) * rows + row_M
     tl.store(part_max + part_M, max_M, mask=row_M < rows)

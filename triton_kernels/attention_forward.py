@@ -9,9 +9,10 @@ import triton.language as tl
 from pyvlm.triton_kernels.attention_tiles import (
     INFINITY,
     LN2,
+    PADDING,
     RUNTIME,
     extremes,
-    load_classes,
+    load_positions,
     load_ranges,
     load_tile,
     lowest_bit,
@@ -25,7 +26,8 @@ from pyvlm.triton_kernels.common import LOG2E, dot
 
 @triton.jit
 def accumulate(
-    s_MN,
+    x_MN,
+    unit,
     v_ND,
     acc_MD,
     max_M,
@@ -33,11 +35,11 @@ def accumulate(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of the running softmax: scores in units of log 2, −inf where masked."""
-    new_max_M = tl.maximum(max_M, tl.max(s_MN, 1))
+    """One step of the running softmax: scores x · unit in units of log 2, −inf where masked; unit > 0."""
+    new_max_M = tl.maximum(max_M, tl.max(x_MN, 1) * unit)
     # A row that has seen nothing yet would be −inf − (−inf).
     base_M = tl.where(new_max_M == -INFINITY, 0.0, new_max_M) if MASKED else new_max_M
-    p_MN = tl.exp2(s_MN - base_M[:, None])
+    p_MN = tl.exp2(x_MN * unit - base_M[:, None])  # one instruction, where x · unit is not used again
     shrink_M = tl.exp2(max_M - base_M)
     sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
     acc_MD = acc_MD * shrink_M[:, None]
@@ -51,8 +53,8 @@ def forward_kernel(
     k,
     v,
     bounds,
-    key_class,
     tile_classes,
+    key_positions,
     sinks,
     out,
     stream_out,
@@ -75,6 +77,7 @@ def forward_kernel(
     keys: tl.int32,
     query_tiles: tl.int32,
     key_tiles: tl.int32,
+    key_blocks: tl.int32,
     mask_0: tl.int32,
     mask_1: tl.int32,
     factor: tl.float32,
@@ -92,6 +95,7 @@ def forward_kernel(
     CHUNK: tl.constexpr,
 ):
     """out and stream_out [B, H, I, D], lse [B, H, S, I]. Program: a tile of queries of one row and head."""
+    tl.static_assert(PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
     BOTH: tl.constexpr = RANGES == 2 and not SEPARATE  # two ranges under one softmax
     SHAPE: tl.constexpr = (D, BLOCK_D, ALIGN)
@@ -138,20 +142,21 @@ def forward_kernel(
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
                 v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
-                s_MN = scores(product_MN, factor, cap, SOFTCAP)[0]
-                acc_MD, max_M, sum_M = accumulate(s_MN, v_ND, acc_MD, max_M, sum_M, False, PRECISION)
+                x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
+                acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, False, PRECISION)
 
             for _ in tl.range(partial_count):
                 first_key = (first_tile + lowest_bit(partial)) * BLOCK_N
                 partial = partial & (partial - 1)
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
                 v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
-                key_N = first_key + tl.arange(0, BLOCK_N)
-                class_N = load_classes(key_class, batch, key_N, keys)
+                positions = load_positions(
+                    key_positions, batch, stream, first_key, key_blocks, RANGES, BOTH, BLOCK_N
+                )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
-                s_MN = scores(product_MN, factor, cap, SOFTCAP)[0]
-                s_MN = tl.where(visible(ranges, key_N, class_N, BOTH, False), s_MN, -INFINITY)
-                acc_MD, max_M, sum_M = accumulate(s_MN, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
+                x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
+                x_MN = tl.where(visible(ranges, positions, BOTH, False), x_MN, -INFINITY)
+                acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
 
         # What a full tile gave to an idle query is dropped here.
         max_M = tl.where(idle_M, sink, max_M)

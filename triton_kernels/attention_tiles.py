@@ -2,7 +2,7 @@
 
 A tile of scores is *empty* where no query of it sees any key of it, *full* where every query sees every key,
 else *partial*. Which it is follows from O(1) numbers a tile: the extremes of its queries' ranges, and the
-classes of its keys. A kernel looks at a chunk of up to 64 tiles at once, as vectors, and makes two bit sets
+classes of its keys. A kernel looks at a chunk of up to 32 tiles at once, as vectors, and makes two bit sets
 of it, the partial tiles and the full ones; its two inner loops then go over set bits, with no branch in them,
 so that Triton can overlap their loads with the arithmetic.
 
@@ -22,7 +22,8 @@ FAR = tl.constexpr(2**31 - 1)  # beyond every key
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
 # being a multiple of 16, so it is told not to look.
 RUNTIME = (
-    *("heads", "group", "queries", "keys", "query_tiles", "key_tiles", "splits", "split_tiles"),
+    *("heads", "group", "queries", "keys", "query_tiles", "key_tiles", "row_blocks", "key_blocks"),
+    *("splits", "split_tiles"),
     *("mask_0", "mask_1", "factor", "cap", "scale"),
     *(
         f"{tensor}_{axis}"
@@ -30,6 +31,17 @@ RUNTIME = (
         for axis in ("batch", "head", "row")
     ),
 )
+
+
+# What is kept of each query or key is filled up to a multiple of it, so that no tile needs a mask to load it.
+PADDING = tl.constexpr(128)
+
+
+@triton.jit
+def padded_row(row, blocks):
+    """Where a row of a [rows, blocks · PADDING] tensor begins: a multiple of PADDING, and the compiler knows,
+    so that it loads four numbers at a time."""
+    return row * blocks * PADDING
 
 
 # Loads and stores. A tensor comes as the tuple `at`: its pointer or descriptor, and the strides of batch,
@@ -120,25 +132,48 @@ def load_classes(key_class, batch, key_N, keys):
     return tl.load(pointers, mask=key_N < keys, other=0).to(tl.int32)
 
 
+@triton.jit
+def load_positions(
+    key_positions, batch, stream, first, key_blocks, RANGES: tl.constexpr, BOTH: tl.constexpr,
+    SIZE: tl.constexpr
+):  # fmt: skip
+    """Positions of some keys as `summarise_keys` wrote them for the range of a stream and, with BOTH, for the
+    second range. Without BOTH the second is the first, and unused."""
+    offset = padded_row(batch.to(tl.int64) * RANGES + stream, key_blocks) + first
+    pointers = key_positions + offset + tl.arange(0, SIZE)
+    key_N = tl.load(pointers)
+    key_1_N = key_N
+    if BOTH:
+        key_1_N = tl.load(pointers + key_blocks * PADDING)
+    return key_N, key_1_N
+
+
 # Which keys are seen, and which tiles
 
 
 @triton.jit
-def sees(lo, hi, mask, key, key_class):
-    """Which query sees which key: the arguments are of queries or of keys, and broadcast."""
-    return (lo <= key) & (key < hi) & (((mask >> key_class) & 1) != 0)
+def keys_of_classes(key, key_class, mask):
+    """Positions of keys; −1, which no range has, for those of a class that is not in the mask."""
+    return tl.where(((mask >> key_class) & 1) != 0, key, -1)
 
 
 @triton.jit
-def visible(ranges, key_N, class_N, BOTH: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which query sees which key in a stream: [M, N], or transposed [N, M]."""
-    lo_M, hi_M, mask, lo_1_M, hi_1_M, mask_1 = ranges
+def within_range(key, lo, hi):
+    """lo <= key < hi as one comparison: without a sign, what is before lo is far behind hi."""
+    return (key - lo).to(tl.uint32) < tl.maximum(hi - lo, 0).to(tl.uint32)
+
+
+@triton.jit
+def visible(ranges, positions, BOTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which query sees which key in a stream: [M, N], or transposed [N, M]. See `load_positions`."""
+    lo_M, hi_M, _, lo_1_M, hi_1_M, _ = ranges
     Q: tl.constexpr = 0 if TRANSPOSED else 1  # where a vector of queries gets its second dimension
     K: tl.constexpr = 1 if TRANSPOSED else 0
-    key, key_class = tl.expand_dims(key_N, K), tl.expand_dims(class_N, K)
-    seen = sees(tl.expand_dims(lo_M, Q), tl.expand_dims(hi_M, Q), mask, key, key_class)
+    key = tl.expand_dims(positions[0], K)
+    seen = within_range(key, tl.expand_dims(lo_M, Q), tl.expand_dims(hi_M, Q))
     if BOTH:
-        seen = seen | sees(tl.expand_dims(lo_1_M, Q), tl.expand_dims(hi_1_M, Q), mask_1, key, key_class)
+        key_1 = tl.expand_dims(positions[1], K)
+        seen = seen | within_range(key_1, tl.expand_dims(lo_1_M, Q), tl.expand_dims(hi_1_M, Q))
     return seen
 
 
@@ -170,7 +205,7 @@ def cover(extremes_of_range, begin, end, present, mask):
 def tile_sets(
     edges, edges_1, begin_T, end_T, present_T, mask, mask_1, BOTH: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The full and the partial tiles of a chunk, each as the bits of an int64 and their number.
+    """The full and the partial tiles of a chunk, each as the bits of a uint32 and their number.
 
     edges: the `extremes` of the queries' ranges, and with BOTH those of their second ranges; [begin_T, end_T)
     the tiles' keys, present_T their classes. What lies beyond the last query or key is seen by
@@ -189,35 +224,47 @@ def tile_sets(
 
 @triton.jit
 def bit_set(flag_T, CHUNK: tl.constexpr):
-    bit_T = tl.full([CHUNK], 1, tl.int64) << tl.arange(0, CHUNK)
+    bit_T = tl.full([CHUNK], 1, tl.uint32) << tl.arange(0, CHUNK).to(tl.uint32)
     return tl.sum(tl.where(flag_T, bit_T, 0), 0), tl.sum(flag_T.to(tl.int32), 0)
 
 
 @triton.jit
 def lowest_bit(bits):
     """Position of the lowest set bit: the exponent of that power of two as a float, which is exact."""
-    power = (bits & -bits).to(tl.float32)
-    return ((power.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    power = (bits & (~bits + 1)).to(tl.float32)
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def summarise_keys(
     key_class,
     tile_classes,
+    key_positions,
     keys: tl.int32,
     key_tiles: tl.int32,
+    key_blocks: tl.int32,
+    mask_0: tl.int32,
+    mask_1: tl.int32,
+    RANGES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """tile_classes int32 [B, key_tiles]: bit c says that the tile has keys of class c. Program (b, chunk)."""
+    """tile_classes int32 [B, key_tiles]: bit c says that the tile has keys of class c. key_positions int32
+    [B, R, blocks · PADDING]: each key's position where a range sees its class, else −1.
+
+    Program (b, chunk).
+    """
     batch = tl.program_id(0)
     tile_T = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     key_TN = tile_T[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    pointers = key_class + batch.to(tl.int64) * keys + key_TN
-    class_TN = tl.load(pointers, mask=key_TN < keys, other=0).to(tl.int64)
+    class_TN = load_classes(key_class, batch, key_TN, keys)
+    for r in tl.static_range(RANGES):
+        position_TN = keys_of_classes(key_TN, class_TN, mask_0 if r == 0 else mask_1)
+        to_TN = key_positions + padded_row(batch.to(tl.int64) * RANGES + r, key_blocks) + key_TN
+        tl.store(to_TN, position_TN, mask=key_TN < key_blocks * PADDING)
     # One sum counts the keys of all classes: a byte of it is a class, and a tile has fewer than 256 keys.
     one_TN = tl.full([CHUNK, BLOCK_N], 1, tl.int64)
-    count_T = tl.sum(tl.where(class_TN < 8, one_TN << (class_TN * 8), 0), 1)
+    count_T = tl.sum(tl.where(class_TN < 8, one_TN << (class_TN.to(tl.int64) * 8), 0), 1)
     present_T = tl.zeros([CHUNK], tl.int32)
     for c in tl.static_range(8):
         present_T += (((count_T >> (8 * c)) & 0xFF) != 0).to(tl.int32) << c
@@ -228,15 +275,18 @@ def summarise_keys(
 def summarise_queries(
     bounds,
     tile_extremes,
+    row_ranges,
     queries: tl.int32,
     keys: tl.int32,
     query_tiles: tl.int32,
+    row_blocks: tl.int32,
     RANGES: tl.constexpr,
     SEPARATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """tile_extremes int32 [B, R, 4, query_tiles]: `extremes` of each tile's ranges. Program (b, chunk)."""
+    """tile_extremes int32 [B, R, 4, query_tiles]: `extremes` of each tile's ranges. row_ranges int32
+    [B, R, 2, blocks · PADDING]: lo and hi of each query's, from `load_range`. Program (b, chunk)."""
     batch = tl.program_id(0)
     tile_T = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     query_TM = tile_T[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -248,6 +298,9 @@ def summarise_queries(
             lo_TM, hi_TM = ranges[3], ranges[4]
         else:
             lo_TM, hi_TM = ranges[0], ranges[1]
+        to_TM = row_ranges + padded_row((batch.to(tl.int64) * RANGES + r) * 2, row_blocks) + query_TM
+        tl.store(to_TM, lo_TM, mask=query_TM < row_blocks * PADDING)
+        tl.store(to_TM + row_blocks * PADDING, hi_TM, mask=query_TM < row_blocks * PADDING)
         lo_min_T, lo_max_T, hi_min_T, hi_max_T = extremes(lo_TM, hi_TM, idle_TM, 1)
         pointers = tile_extremes + (batch.to(tl.int64) * RANGES + r) * 4 * query_tiles + tile_T
         within = tile_T < query_tiles
@@ -262,15 +315,18 @@ def summarise_queries(
 
 @triton.jit
 def scores(product, factor, cap, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2, so that exp2 gives their exponentials, and their slope over factor · cap.
+    """x and its unit: x · unit are scores in units of log 2, so that exp2 gives their exponentials.
 
-    product: query times key. With a soft cap, cap · tanh(factor · product), else factor · product.
+    product: query times key. Scores are factor · product, or with a soft cap, cap · tanh(factor · product).
     """
     if SOFTCAP:
-        bent = tanh(product * factor)
-        result = bent * cap
-        slope = 1 - bent * bent
+        x, unit = tanh(product * factor), cap
     else:
-        result = product * factor
-        slope = 1.0
-    return result, slope
+        x, unit = product, factor
+    return x, unit
+
+
+@triton.jit
+def slope(x, SOFTCAP: tl.constexpr):
+    """The slope of `scores` over factor · cap, or over factor."""
+    return 1 - x * x if SOFTCAP else 1.0

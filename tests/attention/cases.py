@@ -153,6 +153,10 @@ SMALL_CASES = (
     AttentionCase("head-dim-40", "not a power of two", "mmca_image", PADDED, head_dim=40),
     AttentionCase("head-dim-8", "smallest head dimension", "causal", PADDED, head_dim=8),
     AttentionCase("scale", "given scale in place of D^-0.5", "mmca", PADDED, scale=0.7),
+    AttentionCase("negative-scale", "the least product is the greatest score", "mmca", PADDED, scale=-0.7),
+    AttentionCase(
+        "zero-scale", "every key that is seen has the same weight", "bidirectional_image", PADDED, scale=0.0
+    ),
     AttentionCase("softcap", "scores bent by tanh", "bidirectional_image", PADDED, scale=2.0, softcap=3.0),
     AttentionCase(
         "softcap-mmca", "softcap under two softmaxes", "mmca_image", PACKED, scale=2.0, softcap=3.0
