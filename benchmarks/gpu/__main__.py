@@ -35,7 +35,9 @@ SHARES = {
     "placement": 20,
     "layers": 10,
     "step": 45,
+    "tune": 600,
 }
+OPTIONAL = ("tune",)  # it measures what might be, and takes a while
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "something say so, and the others run.",
     )
     parser.add_argument(
-        "--parts", default=",".join(SHARES), help=f"of {','.join(SHARES)}; all where not given"
+        "--parts",
+        default=",".join(part for part in SHARES if part not in OPTIONAL),
+        help=f"of {','.join(SHARES)}; all but {', '.join(OPTIONAL)} where not given",
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default 8)")
     parser.add_argument(

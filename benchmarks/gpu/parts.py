@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import attention, fusion, gating, loss, moe, norm, placement, routing
-from benchmarks.gpu import cases, step
+from benchmarks.gpu import cases, step, tune
 from benchmarks.gpu.peers import with_peers
 from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, summary
@@ -117,6 +117,11 @@ def run_layers(context: Context) -> Iterator[Record]:
     yield from _of_family(gating.OPERATION, gating.workload, cases.GATING)(context)
 
 
+def run_tune(context: Context) -> Iterator[Record]:
+    settings = replace(context.settings, budget_s=context.settings.budget_s / 2)
+    yield from tune.run(context.device, context.dry_run, settings, context.deadline)
+
+
 PARTS: dict[str, Callable[[Context], Iterator[Record]]] = {
     "limits": run_limits,
     "attention": _of_family(attention.OPERATION, attention.workload, cases.ATTENTION),
@@ -126,4 +131,5 @@ PARTS: dict[str, Callable[[Context], Iterator[Record]]] = {
     "placement": _of_family(placement.OPERATION, placement.workload, cases.PLACEMENT),
     "layers": run_layers,
     "step": step.run,
+    "tune": run_tune,
 }

@@ -1,0 +1,182 @@
+"""Which tiles are fastest on the GPU here: of each kernel, one change at a time from the best so far.
+
+What it finds is told, not used: it belongs into the tables of tiles in `triton_kernels/`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from pyvlm.triton_kernels import attention as attention_kernels
+from pyvlm.triton_kernels import loss as loss_kernels
+from pyvlm.triton_kernels import moe as moe_kernels
+from pyvlm.triton_kernels.common import capability
+
+from benchmarks import attention, loss, moe
+from benchmarks.gpu import cases
+from benchmarks.harness.run import TIMED, Record, Settings, measure, run_pass
+from benchmarks.harness.workload import FORWARD, TRAINING, Function, Operation, Provider, Workload
+
+LEAST = {"stages": 1, "warps": 4}  # of other numbers of a tile: 16
+MOST = {"stages": 5, "warps": 8}  # else 256
+QUICK_NEIGHBOURS = 2  # of a dry run
+
+
+@dataclass(frozen=True)
+class Family:
+    """The kernels of an op, and where they are tried.
+
+    Attributes:
+        kernels: its module has `default_config` and `launch`.
+        config: its default tiles for a case and a workload of it.
+        passes: by each kernel's field of the config, the pass in which it runs.
+    """
+
+    kernels: ModuleType
+    operation: Operation
+    workload: Callable[..., Workload]
+    cases: tuple[Any, ...]
+    config: Callable[[Any, Workload], Any]
+    passes: dict[str, str]
+
+
+def _named(sizes: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
+    return tuple(case for case in sizes if case.name in names)
+
+
+FAMILIES = (
+    Family(
+        attention_kernels,
+        attention.OPERATION,
+        attention.workload,
+        _named(cases.ATTENTION, "bidirectional-image-8k", "mmca-8k", "mmca-joint-8k", "short-1k"),
+        lambda case, work: attention_kernels.default_config(
+            case.head_dim, work.dtype, capability(work.device)
+        ),
+        {"forward": FORWARD, "grad_q": TRAINING, "grad_kv": TRAINING},
+    ),
+    Family(
+        moe_kernels,
+        moe.OPERATION,
+        moe.workload,
+        _named(cases.EXPERTS, "moe-llava", "fine-grained-e64", "decode-t8"),
+        lambda case, work: moe_kernels.default_config(work.dtype, capability(work.device), case.decode),
+        dict.fromkeys(("up", "down"), FORWARD)
+        | dict.fromkeys(("grad_hidden", "grad_rows", "grad_matrix"), TRAINING),
+    ),
+    Family(
+        loss_kernels,
+        loss.OPERATION,
+        loss.workload,
+        _named(cases.LOSS, "15-percent"),
+        lambda case, work: loss_kernels.default_config(work.dtype, capability(work.device)),
+        {"statistics": FORWARD} | dict.fromkeys(("grad_logits", "grad_hidden", "grad_weight"), TRAINING),
+    ),
+)
+
+
+def neighbours(tiles: Any) -> list[Any]:
+    """Tiles that differ in one number: a side or the warps halved or doubled, a stage less or more."""
+    found = []
+    for field in fields(tiles):
+        name, value = field.name, getattr(tiles, field.name)
+        changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        within = (new for new in changed if LEAST.get(name, 16) <= new <= MOST.get(name, 256))
+        found += [replace(tiles, **{name: new}) for new in within]
+    return found
+
+
+def label(tiles: Any) -> str:
+    return " ".join(f"{field.name} {getattr(tiles, field.name)}" for field in fields(tiles))
+
+
+@contextmanager
+def compiled_only(kernels: ModuleType) -> Iterator[None]:
+    """Calls inside compile their kernels, all at once and on every core, and launch none of them."""
+
+    def compile(kernel: Any, grid: tuple[int, ...], tiles: Any, arguments: dict[str, Any]) -> None:
+        arguments = {name: arguments[name] for name in kernel.arg_names}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        kernel.warmup(**arguments, grid=grid, **options)
+
+    launch = kernels.launch
+    kernels.launch = compile
+    try:
+        # What does not compile is told where it is to run.
+        with triton.AsyncCompileMode(ThreadPoolExecutor(), ignore_errors=True):
+            yield
+    finally:
+        kernels.launch = launch
+
+
+def with_config(kernels: ModuleType, config: Any, function: Function) -> Function:
+    """The function, by these tiles; they stay in force for its backward, until another one is called."""
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        kernels.default_config = lambda *_: config
+        return function(*inputs)
+
+    return run
+
+
+def search(
+    family: Family, case: Any, work: Workload, dry_run: bool, settings: Settings, deadline: float
+) -> Iterator[Record]:
+    """A record a round: candidates for one kernel beside the best so far, the others' tiles as they are."""
+    config = family.config(case, work)
+    (ours, *_) = family.operation.providers
+    for field, name in family.passes.items():
+        if name not in work.costs:
+            continue
+        of_pass = replace(work, costs={name: work.costs[name]})
+        best, tried = getattr(config, field), set()
+        while candidates := [tiles for tiles in neighbours(best) if tiles not in tried]:
+            if dry_run:
+                candidates = candidates[:QUICK_NEIGHBOURS]
+            if time.monotonic() > deadline:
+                return
+            functions = {
+                tiles: with_config(family.kernels, replace(config, **{field: tiles}), ours.build(work))
+                for tiles in (best, *candidates)
+            }
+            if work.device.type == "cuda":
+                with compiled_only(family.kernels):
+                    for function in functions.values():
+                        run_pass(function, of_pass, name)()
+            providers = tuple(
+                Provider(label(tiles), lambda _, function=function: function)
+                for tiles, function in functions.items()
+            )
+            (record,) = measure(family.operation, of_pass, providers, settings)
+            yield record | {"op": f"tiles of {record['op']}", "case": f"{record['case']} {field}"}
+            tried |= functions.keys()
+            seconds = {
+                tiles: record["providers"][label(tiles)]["median_s"]
+                for tiles in functions
+                if record["providers"][label(tiles)]["status"] == TIMED
+            }
+            fastest = min(seconds, key=seconds.__getitem__, default=best)
+            if fastest == best or dry_run:
+                break
+            best = fastest
+        config = replace(config, **{field: best})
+
+
+def run(device: torch.device, dry_run: bool, settings: Settings, deadline: float) -> Iterator[Record]:
+    """Families and cases in turn, each with an equal share of the time that is left."""
+    chosen = [(family, case) for family in FAMILIES for case in family.cases]
+    for i, (family, case) in enumerate(chosen):
+        share = (deadline - time.monotonic()) / (len(chosen) - i)
+        default_config = family.kernels.default_config
+        size = case.reduced() if dry_run else case
+        work = family.workload(size, device, torch.bfloat16)
+        try:
+            yield from search(family, case, work, dry_run, settings, time.monotonic() + share)
+        finally:
+            family.kernels.default_config = default_config
