@@ -202,8 +202,8 @@ def grad_logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """G of a block of words: grads [T, BLOCK_V], rows with a label first; 0 beyond the last word, as far as
-    its tile goes. Program: a tile."""
+    """G of a block of words: grads [T, BLOCK_V], rows with a label first; beyond the last word, as far as its
+    tile goes, something finite: it meets rows of 0 in the weight. Program: a tile."""
     tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(words, BLOCK_N), GROUP)
     labeled = tl.load(count)
     if tile * BLOCK_M >= labeled:
@@ -225,7 +225,6 @@ def grad_logits_kernel(
         if SOFTCAP > 0:
             bent_MN = logit_MN / SOFTCAP
             grad_MN *= 1 - bent_MN * bent_MN
-        grad_MN = tl.where((column_N < words)[None, :], grad_MN, 0.0)
         store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < BLOCK_V, BLOCK_V)
 
 

@@ -285,6 +285,18 @@ def test_ranges_beyond_the_keys_read_nothing_there() -> None:
     assert torch.equal(span_attention(q, k, v, spans, backend="triton"), expected)
 
 
+@pytest.mark.parametrize("config", [CONFIG, DECODE], ids=["tiles", "split keys"])
+def test_a_range_that_ends_before_it_begins_is_empty(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nor does anybody check that on a GPU.
+    use(monkeypatch, config)
+    spans = random_spans(1, 20, 37)
+    q, k, v = random_qkv(1, 1, 1, 20, 37, 16)
+    spans.bounds[:, ::3] = 0
+    expected = out_and_grads(q, k, v, spans, "triton")
+    spans.bounds[:, ::3] = torch.tensor([30, 4], dtype=torch.int32)
+    assert_all_equal(out_and_grads(q, k, v, spans, "triton"), expected)
+
+
 def test_what_the_kernels_do_not_take() -> None:
     spans = random_spans(1, 3, 5)
     with pytest.raises(TypeError, match=r'torch.float64: use backend="reference"'):
