@@ -62,27 +62,37 @@ class Config:
 # Chosen so that ahead-of-time compilation spills no registers in a main loop, but in float32 above a head
 # dimension of 128, where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes),
 # and among those for the fewest instructions a score; not yet measured on a GPU. By GPU, then by the largest
-# padded head dimension: forward, grad_q, grad_kv. With wgmma or tcgen05 grad_kv of 256 spilled in the tilings
-# tried: it goes without.
+# padded head dimension: forward, grad_q, grad_kv. With wgmma grad_kv of 256 spilled in the tilings tried: it
+# goes without.
 _BLACKWELL = {
-    64: Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
-    128: Config(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), descriptors=True),
-    256: Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), descriptors=True),
+    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    128: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    256: Config(
+        Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 1), decode_rows=32, descriptors=True
+    ),
 }
 _HOPPER = {
     64: Config(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
     128: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
-    256: Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), descriptors=True),
+    256: Config(
+        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), decode_rows=32, descriptors=True
+    ),
 }
-_OTHER = {
-    64: Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 1)),
-    128: Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
-    256: Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+_OTHER = {  # within the 99 KiB of shared memory that 8.6 and 8.9 have
+    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
+    128: Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2)),
+    256: Config(
+        Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), decode_keys=32, decode_rows=32
+    ),
 }
 _FLOAT32 = {
     64: Config(Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), decode_keys=32),
-    128: Config(Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16),
-    256: Config(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16),
+    128: Config(
+        Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16, decode_rows=32
+    ),
+    256: Config(
+        Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16, decode_rows=16
+    ),
 }
 _INTERPRETER = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), descriptors=True)
 

@@ -31,8 +31,8 @@ class Call:
     def on_tensor_cores(self) -> tuple[str, ...]:
         if self.dtype == torch.float32:
             return ()
-        # Tiles of grad_kv that wgmma or tcgen05 takes leave a head dimension of 256 too few registers.
-        return MAIN_KERNELS if self.head_dim <= 128 or self.architecture == 80 else MAIN_KERNELS[:2]
+        # Tiles of grad_kv that wgmma takes leave a head dimension of 256 too few registers.
+        return MAIN_KERNELS if self.head_dim <= 128 or self.architecture != 90 else MAIN_KERNELS[:2]
 
     @property
     def spills(self) -> int:
@@ -40,7 +40,8 @@ class Call:
         return 214 if self.dtype == torch.float32 and self.head_dim > 128 else 0
 
     def name(self, kernel: str) -> str:
-        return f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}"
+        few = "" if self.queries == 4096 else f" I{self.queries}"
+        return f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}{few}"
 
     def launches(
         self,
@@ -73,6 +74,13 @@ class Call:
         return recorded_launches
 
 
+def most_rows(architecture: int, head_dim: int, dtype: torch.dtype) -> Call:
+    """As many queries as are still decoded: two streams of two heads a key head, each a row."""
+    config = attention.default_config(head_dim, dtype, divmod(architecture, 10))
+    queries = config.decode_rows // 4
+    return Call(architecture, head_dim, "separate", dtype, queries=queries, kernels=("decode_kernel",))
+
+
 HELPERS = ("summarise_keys", "summarise_queries", "row_statistics")
 STREAMS = ("one range", "joint", "separate")
 CALLS = (
@@ -91,8 +99,10 @@ CALLS = (
         for head_dim in (64, 128, 256)
     ),
     *(
-        Call(90, head_dim, "separate", torch.float32, queries=1, kernels=("decode_kernel",))
-        for head_dim in (64, 128, 256)
+        most_rows(architecture, head_dim, dtype)
+        for architecture in (80, 90)
+        for head_dim in (128, 256)
+        for dtype in (torch.bfloat16, torch.float32)
     ),
 )
 
