@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from pyvlm.triton_kernels.attention_backward import grad_kv_kernel, grad_q_kernel, row_statistics
 from pyvlm.triton_kernels.attention_decode import combine_kernel, decode_kernel
 from pyvlm.triton_kernels.attention_forward import forward_kernel
 from pyvlm.triton_kernels.attention_tiles import PADDING, summarise_keys, summarise_queries
-from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, launch
+from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, cdiv, launch, next_power_of_2
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -104,7 +103,7 @@ def default_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int
     table = {9: _HOPPER, 10: _BLACKWELL, 11: _BLACKWELL}.get(capability[0], _OTHER)
     if dtype == torch.float32:
         table = _FLOAT32
-    return next(config for dims, config in table.items() if _padded(head_dim) <= dims)
+    return next(config for dims, config in table.items() if head_dim <= dims)
 
 
 def span_attention(
@@ -169,11 +168,11 @@ def span_attention(
 def _decode(p: "_Problem", out: Tensor, others: dict[str, Any]) -> None:
     """Splits the keys over programs, enough for two a multiprocessor, and puts the parts together."""
     rows = p.streams * p.group * p.queries
-    tiles = Tiles(max(16, triton.next_power_of_2(rows)), p.config.decode_keys, 4, 3)
-    key_tiles = max(1, triton.cdiv(p.keys, tiles.keys))
-    wanted = triton.cdiv(2 * _multiprocessors(out.device), max(1, p.batch * p.key_heads))
-    split_tiles = triton.cdiv(key_tiles, min(wanted, p.config.splits))
-    splits = triton.cdiv(key_tiles, split_tiles)
+    tiles = Tiles(max(16, next_power_of_2(rows)), p.config.decode_keys, 4, 3)
+    key_tiles = max(1, cdiv(p.keys, tiles.keys))
+    wanted = cdiv(2 * _multiprocessors(out.device), max(1, p.batch * p.key_heads))
+    split_tiles = cdiv(key_tiles, min(wanted, p.config.splits))
+    splits = cdiv(key_tiles, split_tiles)
     parts = (p.batch, p.key_heads, splits, rows)
     others = others | {
         "part_acc": out.new_empty((*parts, p.head_dim), dtype=torch.float32),
@@ -221,7 +220,7 @@ def span_attention_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     grad_q, grad_k, grad_v = (_rows_to_write(grad) for grad in grads)
     lse = lse.contiguous()
-    row_blocks = triton.cdiv(p.queries, PADDING.value)
+    row_blocks = cdiv(p.queries, PADDING.value)
     delta, lse_2 = (lse.new_empty(*lse.shape[:3], row_blocks * PADDING.value) for _ in range(2))
     grad_out = torch.zeros_like(q) if grad_out is None else grad_out.to(q.dtype)
     grad_out, out = _rows(grad_out), _rows(out)
@@ -287,16 +286,46 @@ class _Problem:
         self.group = self.heads // self.key_heads
         self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
         self.bounds, self.key_class = bounds.contiguous(), key_class.contiguous()
-        self.masks = (*range_classes, 0)[:2]
-        self.ranges, self.separate = len(range_classes), separate
+        self.ranges = len(range_classes)
         self.streams = self.ranges if separate else 1
-        self.scale, self.softcap = scale, softcap
         self.config = config or default_config(self.head_dim, q.dtype, capability(q.device))
+        mask_0, mask_1 = (*range_classes, 0)[:2]
+        self.padded = max(16, next_power_of_2(self.head_dim))
+        self.common: dict[str, Any] = {
+            "bounds": self.bounds,
+            "key_class": self.key_class,
+            "heads": self.heads,
+            "group": self.group,
+            "queries": self.queries,
+            "keys": self.keys,
+            "mask_0": mask_0,
+            "mask_1": mask_1,
+            # Not 0: times −∞, a masked score, that would be no number.
+            "factor": (scale / softcap if softcap else scale * LOG2E) or 1e-30,
+            "cap": softcap * LOG2E,
+            "scale": scale,
+            "D": self.head_dim,
+            "BLOCK_D": self.padded,
+            "RANGES": self.ranges,
+            "SEPARATE": separate,
+            "SOFTCAP": softcap > 0,
+            "PRECISION": PRECISION,
+            "CHUNK": self.config.chunk,
+        }
+
+    def of_tiles(self, tiles: Tiles) -> dict[str, Any]:
+        """What is known of the problem but its tensors, under the names that kernels have for it."""
+        return self.common | {
+            "query_tiles": cdiv(self.queries, tiles.queries),
+            "key_tiles": cdiv(self.keys, tiles.keys),
+            "BLOCK_M": tiles.queries,
+            "BLOCK_N": tiles.keys,
+        }
 
     def arguments(
         self, tiles: Tiles, plain: dict[str, Tensor], streamed: dict[str, Tensor] | None = None, rows: int = 0
     ) -> dict[str, Any]:
-        """Everything that is known of the problem under the names that kernels have for it.
+        """The same with tensors and their strides.
 
         Args:
             tiles: the kernel's.
@@ -306,7 +335,6 @@ class _Problem:
         """
         streamed = streamed or {}
         tensors = plain | streamed
-        padded = _padded(self.head_dim)
         strides = {name: _strides(x) for name, x in tensors.items()}
         align = 16 // self.q.element_size()
         if any(stride % align for of_tensor in strides.values() for stride in of_tensor):
@@ -319,71 +347,43 @@ class _Problem:
                 x.data_ptr() % 16 == 0 and min(*x.shape, *strides[name]) > 0 for name, x in streamed.items()
             )
         )
-        arguments: dict[str, Any] = dict(tensors)
+        arguments = self.of_tiles(tiles) | tensors
+        arguments |= {"ALIGN": align, "DESCRIPTORS": descriptors}
         if descriptors:
+            block = [1, 1, rows, self.padded]
             for name, x in streamed.items():
-                block = [1, 1, rows, padded]
                 arguments[name] = TensorDescriptor(x, list(x.shape), [*strides[name], 1], block)
-        for name, of_tensor in strides.items():
-            for axis, stride in zip(("batch", "head", "row"), of_tensor, strict=True):
-                arguments[f"{name}_{axis}"] = stride // align
-        return arguments | {
-            "bounds": self.bounds,
-            "key_class": self.key_class,
-            "heads": self.heads,
-            "group": self.group,
-            "queries": self.queries,
-            "keys": self.keys,
-            "query_tiles": triton.cdiv(self.queries, tiles.queries),
-            "key_tiles": triton.cdiv(self.keys, tiles.keys),
-            "mask_0": self.masks[0],
-            "mask_1": self.masks[1],
-            # Not 0: times −∞, a masked score, that would be no number.
-            "factor": (self.scale / self.softcap if self.softcap else self.scale * LOG2E) or 1e-30,
-            "cap": self.softcap * LOG2E,
-            "scale": self.scale,
-            "D": self.head_dim,
-            "BLOCK_D": padded,
-            "RANGES": self.ranges,
-            "SEPARATE": self.separate,
-            "SOFTCAP": self.softcap > 0,
-            "PRECISION": PRECISION,
-            "ALIGN": align,
-            "DESCRIPTORS": descriptors,
-            "BLOCK_M": tiles.queries,
-            "BLOCK_N": tiles.keys,
-            "CHUNK": self.config.chunk,
-        }
+        for name, (batch, head, row) in strides.items():
+            arguments[name + "_batch"] = batch // align
+            arguments[name + "_head"] = head // align
+            arguments[name + "_row"] = row // align
+        return arguments
 
 
 def _keys_seen(p: _Problem, tiles: Tiles) -> dict[str, Any]:
     """What kernels know of the keys: the classes in each tile, and which keys each range sees."""
-    arguments = p.arguments(tiles, {})
-    key_blocks = triton.cdiv(p.keys, PADDING.value)
+    arguments = p.of_tiles(tiles)
+    key_blocks = cdiv(p.keys, PADDING.value)
     made = {
         "tile_classes": p.bounds.new_empty((p.batch, arguments["key_tiles"])),
         "key_positions": p.bounds.new_empty((p.batch, p.ranges, key_blocks * PADDING.value)),
         "key_blocks": key_blocks,
     }
-    grid = (p.batch, triton.cdiv(key_blocks * (PADDING.value // tiles.keys), p.config.chunk))
+    grid = (p.batch, cdiv(key_blocks * (PADDING.value // tiles.keys), p.config.chunk))
     launch(summarise_keys, grid, Tiles(1, 1, 4, 1), arguments | made)
     return made
 
 
 def _query_ranges(p: _Problem, tiles: Tiles, row_blocks: int) -> dict[str, Tensor]:
     """What grad_kv knows of the queries' ranges: the extremes of each tile's, and each query's."""
-    arguments = p.arguments(tiles, {}) | {"row_blocks": row_blocks}
+    arguments = p.of_tiles(tiles) | {"row_blocks": row_blocks}
     made = {
         "tile_extremes": p.bounds.new_empty((p.batch, p.ranges, 4, arguments["query_tiles"])),
         "row_ranges": p.bounds.new_empty((p.batch, p.ranges, 2, row_blocks * PADDING.value)),
     }
-    grid = (p.batch, triton.cdiv(row_blocks * (PADDING.value // tiles.queries), p.config.chunk))
+    grid = (p.batch, cdiv(row_blocks * (PADDING.value // tiles.queries), p.config.chunk))
     launch(summarise_queries, grid, Tiles(1, 1, 4, 1), arguments | made)
     return made
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -408,6 +408,8 @@ def _copy_back(*pairs: tuple[Tensor, Tensor | None]) -> None:
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of batch, head and row. Where there is only one of them, any number will do."""
+    if 1 not in x.shape:
+        return x.stride()[:3]
     longest = max(
         (size * stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1), default=16
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import DTYPES, LOG2E, launch
+from pyvlm.triton_kernels.common import DTYPES, LOG2E, launch, next_power_of_2
 from torch import Tensor
 
 # Arguments that differ from call to call: Triton must not compile anew for some of their values. Strides it
@@ -135,7 +135,7 @@ class _Problem:
         keys, values = ([_with_contiguous_rows(x) for x in maps] for maps in (keys, values))
         images, heads, queries, dim = query.shape
         self.tiles, self.device, self.grid = tiles, query.device, images * queries * heads
-        block_d = triton.next_power_of_2(dim)
+        block_d = next_power_of_2(dim)
         sides = tuple(math.isqrt(key.shape[2] // queries) for key in keys)
         most = max(1, tiles.elements // block_d)
         self.arguments: dict[str, Any] = {
@@ -153,7 +153,7 @@ class _Problem:
             "D": dim,
             "BLOCK_D": block_d,
             "SIDES": sides,
-            "BLOCKS": tuple(min(most, triton.next_power_of_2(side**2)) for side in sides),
+            "BLOCKS": tuple(min(most, next_power_of_2(side**2)) for side in sides),
         }
 
     def launch(self, kernel: Any, tensors: dict[str, Any]) -> None:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from pyvlm.triton_kernels.common import DTYPES, launch
+from pyvlm.triton_kernels.common import DTYPES, cdiv, launch, next_power_of_2
 from pyvlm.triton_kernels.fusion_levels import merge_backward_kernel, merge_kernel, table_kernel
 from torch import Tensor
 
@@ -61,7 +60,7 @@ def default_config(channels: int, sums_of_levels: bool) -> Config:
     A warp or two to a row keep sums over a row among few threads. Sums of levels are read and written once a
     tile: then more rows share that, and fewer programs leave the sums in the L2 cache.
     """
-    columns = triton.next_power_of_2(max(channels, 1))
+    columns = next_power_of_2(max(channels, 1))
     backward = _tiles(columns, 4, 32) if sums_of_levels else _tiles(columns, 2, 16)
     return Config(_tiles(columns, 1, 32), backward, programs=256 if sums_of_levels else 1024)
 
@@ -189,8 +188,8 @@ def _sums_over_rows(
     """
     tiles = p.config.backward
     row_tiles = p.row_tiles(tiles)
-    tiles_each = triton.cdiv(row_tiles, p.config.programs)
-    programs = triton.cdiv(row_tiles, max(tiles_each, 1))
+    tiles_each = cdiv(row_tiles, p.config.programs)
+    programs = cdiv(row_tiles, max(tiles_each, 1))
     sums: tuple[list[Tensor], ...] = ([], [], [])
     with torch.cuda.device_of(grad_out):
         table = p.table(grad_levels)
@@ -285,7 +284,7 @@ class _Problem:
             "SIZE_C": self.channels,
             "VECTOR": self.vector,
             "GROUPS_HAVE_GAMMA": levels_have_gamma and not self.shared,
-            "BLOCK_C": triton.next_power_of_2(max(self.channels, 1)),
+            "BLOCK_C": next_power_of_2(max(self.channels, 1)),
         }
 
     def summed(self, parameter: Tensor) -> Tensor:
@@ -302,7 +301,7 @@ class _Problem:
 
     def row_tiles(self, tiles: Tiles) -> int:
         """How many tiles there are of rows; none where these hold nothing."""
-        return triton.cdiv(self.rows, tiles.rows) if self.channels else 0
+        return cdiv(self.rows, tiles.rows) if self.channels else 0
 
     def table(self, grads: Sequence[Tensor]) -> Tensor:
         """Where the kernels find the levels, and the gradients to write; see `fusion_levels`."""

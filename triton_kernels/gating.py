@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import activate, launch, load_rows_within, store_rows
+from pyvlm.triton_kernels.common import activate, cdiv, launch, load_rows_within, next_power_of_2, store_rows
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -150,7 +150,7 @@ def _launch(kernel: Any, like: Tensor, activation: str, **arguments: Any) -> Non
     if like.numel() == 0:
         return
     gate, up, width = arguments["gate"], arguments["up"], like.shape[-1]
-    columns = min(NUMBERS, triton.next_power_of_2(width))
+    columns = min(NUMBERS, next_power_of_2(width))
     tiles = Tiles(NUMBERS // columns, columns)
     numbers = {
         "num_rows": like.numel() // width,
@@ -161,6 +161,6 @@ def _launch(kernel: Any, like: Tensor, activation: str, **arguments: Any) -> Non
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.columns,
     }
-    grid = triton.cdiv(numbers["num_rows"], tiles.rows) * triton.cdiv(width, tiles.columns)
+    grid = cdiv(numbers["num_rows"], tiles.rows) * cdiv(width, tiles.columns)
     with torch.cuda.device_of(like):
         launch(kernel, (grid,), tiles, arguments | numbers)

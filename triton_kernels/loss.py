@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, launch
+from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, cdiv, launch
 from pyvlm.triton_kernels.loss_kernels import (
     combine_kernel,
     grad_bias_kernel,
@@ -110,7 +109,7 @@ def linear_cross_entropy(
         "linear_cross_entropy: a label is neither ignore_index nor a word of the vocabulary",
     )
     tiles = p.config.statistics
-    half_tiles = 2 * triton.cdiv(p.words, tiles.columns)
+    half_tiles = 2 * cdiv(p.words, tiles.columns)
     lse = torch.zeros(p.tokens, dtype=torch.float32, device=hidden.device)
     losses = torch.zeros_like(lse)
     sums = [lse.new_empty(half_tiles, p.tokens) for _ in range(3 if label_smoothing > 0 else 2)]
@@ -126,7 +125,7 @@ def linear_cross_entropy(
     with torch.cuda.device_of(hidden):
         p.launch_on_rows(statistics_kernel, tiles, p.words, tensors)
         rows = Tiles(32, 1, 1, 4, 1)
-        p.launch(combine_kernel, triton.cdiv(p.tokens, rows.rows), rows, tensors)
+        p.launch(combine_kernel, cdiv(p.tokens, rows.rows), rows, tensors)
     loss = losses.sum()
     return (loss / p.count.clamp(min=1) if mean else loss).reshape(()), lse
 
@@ -188,11 +187,11 @@ def linear_cross_entropy_backward(
                 p.launch_on_rows(grad_hidden_kernel, tiles.grad_hidden, p.features, tensors | ends)
             if wants_weight:
                 t = tiles.grad_weight
-                grid = triton.cdiv(words, t.rows) * triton.cdiv(p.features, t.columns)
+                grid = cdiv(words, t.rows) * cdiv(p.features, t.columns)
                 p.launch(grad_weight_kernel, grid, t, tensors)
             if wants_bias:
                 t = Tiles(32, 128, 1, 4, 2)
-                p.launch(grad_bias_kernel, triton.cdiv(words, t.columns), t, tensors)
+                p.launch(grad_bias_kernel, cdiv(words, t.columns), t, tensors)
     return results
 
 
@@ -248,6 +247,6 @@ class _Problem:
 
     def launch_on_rows(self, kernel: Any, tiles: Tiles, width: int, tensors: dict[str, Any]) -> None:
         """Runs a kernel on all tiles of rows, and of `tiles.columns` of a result of some width."""
-        row_tiles = triton.cdiv(self.tokens, tiles.rows)
-        grid = row_tiles * triton.cdiv(width, tiles.columns)
+        row_tiles = cdiv(self.tokens, tiles.rows)
+        grid = row_tiles * cdiv(width, tiles.columns)
         self.launch(kernel, grid, tiles, tensors | {"row_tiles": row_tiles})

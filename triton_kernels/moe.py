@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, launch
+from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, cdiv, launch, next_power_of_2
 from pyvlm.triton_kernels.moe_backward import (
     grad_bias_kernel,
     grad_hidden_kernel,
@@ -214,7 +213,7 @@ def expert_mlp_backward(
     if wants_down:
         weighted_act = p.x.new_empty((p.slots, p.intermediate))
     if wants_weight:
-        shape = (triton.cdiv(p.intermediate, tiles.columns), p.slots)
+        shape = (cdiv(p.intermediate, tiles.columns), p.slots)
         weight_parts = p.weight.new_empty(shape)
     tensors = {
         "grad_y": grad_y,
@@ -319,7 +318,7 @@ class _Problem:
     ) -> None:
         """Runs a kernel on all row tiles, and on tiles of `columns` of a result of some width."""
         schedule = self.schedule(tiles.rows)
-        grid = schedule["row_tiles"] * triton.cdiv(width, columns)
+        grid = schedule["row_tiles"] * cdiv(width, columns)
         self.launch(kernel, grid, tiles, columns, schedule | tensors)
 
     def schedule(self, rows: int) -> dict[str, Tensor | int]:
@@ -337,8 +336,8 @@ class _Problem:
 
     def sum_slots(self, rows: Tensor) -> Tensor:
         out = rows.new_empty((self.tokens, self.hidden))
-        columns = min(1024, triton.next_power_of_2(max(self.hidden, 1)))
-        grid = self.tokens * triton.cdiv(self.hidden, columns)
+        columns = min(1024, next_power_of_2(max(self.hidden, 1)))
+        grid = self.tokens * cdiv(self.hidden, columns)
         self.launch(sum_slots_kernel, grid, Tiles(1, columns, 1, 4, 2), columns, {"rows": rows, "out": out})
         return out
 
@@ -381,7 +380,7 @@ def _grad_matrix(p: _Problem, matrices: Tensor, left: Tensor, right: Tensor, lef
         "SIZE_N": width,
         "LEFT_OF_TOKENS": left_of_tokens,
     }
-    grid = experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
+    grid = experts * cdiv(height, tiles.rows) * cdiv(width, tiles.columns)
     p.launch(grad_matrix_kernel, grid, tiles, tiles.columns, arguments)
     return grad_matrix
 
@@ -393,6 +392,6 @@ def _grad_bias(p: _Problem, rows: Tensor, of_tokens: bool) -> Tensor:
     arguments: dict[str, Any] = {"rows": rows, "grad_bias": grad_bias, "SIZE_N": width}
     if not of_tokens:
         arguments |= {"token": None, "weight": None}
-    grid = p.experts * triton.cdiv(width, tiles.columns)
+    grid = p.experts * cdiv(width, tiles.columns)
     p.launch(grad_bias_kernel, grid, tiles, tiles.columns, arguments)
     return grad_bias

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import launch, load_rows_within, store_rows
+from pyvlm.triton_kernels.common import cdiv, launch, load_rows_within, next_power_of_2, store_rows
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -133,7 +133,7 @@ def rms_norm_backward(
     """The op `pyvlm::rms_norm_backward`: gradients of x and weight, empty unless wanted."""
     layout = _like(x, torch.device("meta"))
     grad_x = torch.empty_like(layout, device=x.device) if want_x else None
-    programs = min(MOST_PROGRAMS, triton.cdiv(x.numel(), max(x.shape[-1], 1) * _tiles(x).rows))
+    programs = min(MOST_PROGRAMS, cdiv(x.numel(), max(x.shape[-1], 1) * _tiles(x).rows))
     sums = want_weight and weight is not None
     partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32) if sums else None
     arguments = {
@@ -175,7 +175,7 @@ def _parameter(weight: Tensor | None) -> Tensor | None:
 
 
 def _tiles(x: Tensor) -> Tiles:
-    columns = triton.next_power_of_2(max(x.shape[-1], 1))
+    columns = next_power_of_2(max(x.shape[-1], 1))
     rows = max(1, NUMBERS // columns)
     return Tiles(rows, columns, warps=min(16, max(1, rows * columns // NUMBERS_OF_A_WARP)))
 
@@ -191,6 +191,6 @@ def _launch(kernel: Any, x: Tensor, unit_offset: bool, arguments: dict[str, Any]
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.columns,
     }
-    grid = arguments.get("programs", triton.cdiv(rows, tiles.rows))
+    grid = arguments.get("programs", cdiv(rows, tiles.rows))
     with torch.cuda.device_of(x):
         launch(kernel, (grid,), tiles, arguments | {"num_rows": rows} | constants)

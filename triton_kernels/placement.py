@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import launch
+from pyvlm.triton_kernels.common import cdiv, launch, next_power_of_2
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -248,13 +248,13 @@ def _bytes(image_mask: Tensor) -> Tensor:
 
 
 def _tiles(width: int) -> Tiles:
-    return Tiles(min(MOST_COLUMNS, triton.next_power_of_2(max(width, 1))))
+    return Tiles(min(MOST_COLUMNS, next_power_of_2(max(width, 1))))
 
 
 def _launch(kernel: Any, items: int, width: int, **arguments: Any) -> None:
     tiles = _tiles(width)
     with torch.cuda.device_of(arguments["out"] if "out" in arguments else arguments["grad"]):
-        grid = items * triton.cdiv(width, tiles.columns)
+        grid = items * cdiv(width, tiles.columns)
         launch(kernel, (grid,), tiles, arguments | {"WIDTH": width, "BLOCK_N": tiles.columns})
 
 
@@ -331,7 +331,7 @@ def _sum_by_source(
         _launch(sum_kernel, num_features, feature_width, **arguments, out=grad_features, CHUNK=0)
     if needs[1]:
         # So many chunks there are where all are newlines; the host does not know how many are.
-        shape = (triton.cdiv(index.numel(), NEWLINES), feature_width)
+        shape = (cdiv(index.numel(), NEWLINES), feature_width)
         sums = grad.new_empty(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
         _launch(sum_kernel, shape[0], feature_width, **arguments, out=sums, CHUNK=NEWLINES)
         grad_newline = sums.sum(0).to(grad.dtype)
