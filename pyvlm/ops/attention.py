@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from pyvlm import _native
 from pyvlm._autocast import autocasts
 from pyvlm.layout import AttentionSpans
-from pyvlm.ops._backends import refuse_second_derivative, resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve, triton_function
 from pyvlm.reference import attention as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -253,16 +253,8 @@ def _gradients(
     return (*grads, None, None, None, None, None, None, None if sinks is None else grad_sinks)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from pyvlm.triton_kernels import attention  # not before it is needed: Triton takes a second to import
-
-    return attention.span_attention(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from pyvlm.triton_kernels import attention
-
-    return attention.span_attention_backward(*args)
+_triton = triton_function("attention", "span_attention")
+_triton_backward = triton_function("attention", "span_attention_backward")
 
 
 class _InterpretedTriton(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
 from pyvlm._autocast import without_autocast
-from pyvlm.ops._backends import refuse_second_derivative, resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve, triton_function
 from pyvlm.ops._checks import Shapes, as_grid, as_list
 from pyvlm.reference import cross_attention as reference
 from pyvlm.reference.fusion import accumulator
@@ -237,16 +237,8 @@ def _local_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Any, ..
     return (*grads, None, None, no_masks, None)
 
 
-def _local_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from pyvlm.triton_kernels import cross_attention  # not before it is needed: Triton takes a second
-
-    return cross_attention.local_cross_attention(*args)
-
-
-def _local_triton_backward(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from pyvlm.triton_kernels import cross_attention
-
-    return cross_attention.local_cross_attention_backward(*args)
+_local_triton = triton_function("cross_attention", "local_cross_attention")
+_local_triton_backward = triton_function("cross_attention", "local_cross_attention_backward")
 
 
 class _InterpretedTriton(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyvlm import _native
-from pyvlm.ops._backends import refuse_second_derivative, resolve
+from pyvlm.ops._backends import refuse_second_derivative, resolve, triton_function
 from pyvlm.ops._checks import Shapes, as_list
 from pyvlm.reference import fusion as reference
 
@@ -132,16 +132,8 @@ def _merge_levels_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple
     return (of_levels if needs[0] else [None] * len(levels), *grads, None, None)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from pyvlm.triton_kernels import fusion  # not before it is needed: Triton takes a second to import
-
-    return fusion.merge_levels(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from pyvlm.triton_kernels import fusion
-
-    return fusion.merge_levels_backward(*args)
+_triton = triton_function("fusion", "merge_levels")
+_triton_backward = triton_function("fusion", "merge_levels_backward")
 
 
 class _InterpretedTriton(torch.autograd.Function):

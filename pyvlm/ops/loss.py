@@ -131,16 +131,8 @@ def _gradients(
     return tuple(grads)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from pyvlm.triton_kernels import loss  # not before it is needed: Triton takes a second to import
-
-    return loss.linear_cross_entropy(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from pyvlm.triton_kernels import loss
-
-    return loss.linear_cross_entropy_backward(*args)
+_triton = _backends.triton_function("loss", "linear_cross_entropy")
+_triton_backward = _backends.triton_function("loss", "linear_cross_entropy_backward")
 
 
 class _InterpretedTriton(torch.autograd.Function):

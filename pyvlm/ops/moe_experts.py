@@ -183,16 +183,8 @@ def _gradients(
     return tuple(grads)
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from pyvlm.triton_kernels import moe  # not before it is needed: Triton takes a second to import
-
-    return moe.expert_mlp(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from pyvlm.triton_kernels import moe
-
-    return moe.expert_mlp_backward(*args)
+_triton = _backends.triton_function("moe", "expert_mlp")
+_triton_backward = _backends.triton_function("moe", "expert_mlp_backward")
 
 
 class _InterpretedTriton(torch.autograd.Function):
