@@ -98,21 +98,21 @@ def label(tiles: Any) -> str:
 
 @contextmanager
 def compiled_only(kernels: ModuleType) -> Iterator[None]:
-    """Calls inside compile their kernels, all at once and on every core, and launch none of them."""
-
-    def compile(kernel: Any, grid: tuple[int, ...], tiles: Any, arguments: dict[str, Any]) -> None:
-        arguments = {name: arguments[name] for name in kernel.arg_names}
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
-        kernel.warmup(**arguments, grid=grid, **options)
-
+    """Calls inside launch none of their kernels; at the end all are compiled, at once and on every core."""
+    launches: list[tuple[Any, ...]] = []
     launch = kernels.launch
-    kernels.launch = compile
+    kernels.launch = lambda *arguments: launches.append(arguments)
     try:
-        # What does not compile is told where it is to run.
-        with triton.AsyncCompileMode(ThreadPoolExecutor(), ignore_errors=True):
-            yield
+        yield
     finally:
         kernels.launch = launch
+    # Here and not inside: a backward runs in a thread of autograd's, which knows nothing of this mode. What
+    # does not compile is told where it is to run.
+    with triton.AsyncCompileMode(ThreadPoolExecutor(), ignore_errors=True):
+        for kernel, grid, tiles, arguments in launches:
+            named = {name: arguments[name] for name in kernel.arg_names}
+            options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+            kernel.warmup(**named, grid=grid, **options)
 
 
 def with_config(kernels: ModuleType, config: Any, function: Function) -> Function:
