@@ -44,6 +44,8 @@ NARROW_LOAD = re.compile(r"\bLDG\S*\.[US]16\b")  # one number of a tensor of bfl
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # HGMMA: wgmma, UTCHMMA: tcgen05
 # Another version of Triton gives registers away otherwise: such a part of a main loop may then be spills.
 SPILLS_OF_OTHER_VERSIONS = 0.02
+# Bytes that may lie in local memory outside of main loops, where they are written and read once.
+MOST_LOCAL_BYTES = 512
 
 compiles_ahead_of_time = [
     pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="this Triton has no compiler for NVIDIA GPUs"),
@@ -226,6 +228,7 @@ def check_machine_code(
             allowed += int(SPILLS_OF_OTHER_VERSIONS * max(row["loop_instructions"], default=0))
         found = max(row["loop_spills"]) if row["loop_spills"] else row["local_bytes"]
         assert found <= allowed, (name, row)
+        assert spills or row["local_bytes"] <= MOST_LOCAL_BYTES, (name, row)
         assert not any(row["loop_narrow_loads"]), (name, row)
         assert row["shared_bytes"] <= SHARED_MEMORY[call.architecture], (name, row)
         if name.split()[0] in call.on_tensor_cores:
