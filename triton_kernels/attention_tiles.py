@@ -101,13 +101,13 @@ def load_range(bounds, batch, query, queries, keys, index, RANGES: tl.constexpr)
     """Ranges [lo, hi) of some queries, within the keys; an empty one beyond the last query.
 
     Nobody has checked bounds that lie on a GPU: that would stall it. Clamped, they cannot make a kernel read
-    outside the keys.
+    outside the keys, and one that ends before it begins is empty.
     """
     within = query < queries
     pointers = bounds + ((batch.to(tl.int64) * queries + query) * RANGES + index) * 2
     lo = tl.maximum(tl.load(pointers, mask=within, other=0), 0)
     hi = tl.minimum(tl.load(pointers + 1, mask=within, other=0), keys)
-    return lo, hi
+    return lo, tl.maximum(hi, lo)
 
 
 @triton.jit
@@ -159,8 +159,8 @@ def keys_of_classes(key, key_class, mask):
 
 @triton.jit
 def within_range(key, lo, hi):
-    """lo <= key < hi as one comparison: without a sign, what is before lo is far behind hi."""
-    return (key - lo).to(tl.uint32) < tl.maximum(hi - lo, 0).to(tl.uint32)
+    """lo <= key < hi as one comparison: without a sign, what is before lo is far behind hi. 0 <= lo <= hi."""
+    return (key - lo).to(tl.uint32) < (hi - lo).to(tl.uint32)
 
 
 @triton.jit

@@ -293,8 +293,9 @@ def test_a_range_that_ends_before_it_begins_is_empty(config: Config, monkeypatch
     q, k, v = random_qkv(1, 1, 1, 20, 37, 16)
     spans.bounds[:, ::3] = 0
     expected = out_and_grads(q, k, v, spans, "triton")
-    spans.bounds[:, ::3] = torch.tensor([30, 4], dtype=torch.int32)
-    assert_all_equal(out_and_grads(q, k, v, spans, "triton"), expected)
+    for reversed_range in ([30, 4], [5, -(2**31)], [2**31 - 1, -5]):
+        spans.bounds[:, ::3] = torch.tensor(reversed_range, dtype=torch.int32)
+        assert_all_equal(out_and_grads(q, k, v, spans, "triton"), expected)
 
 
 def test_what_the_kernels_do_not_take() -> None:
