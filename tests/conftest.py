@@ -26,6 +26,11 @@ if find_spec("hypothesis") is not None:  # tests/gpu runs without it
 # several threads at once (MKL's vector functions start up then): the first call is made here, on one.
 torch.zeros(8, dtype=torch.float64).exp().log()
 
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    import memory_checks
+
+    memory_checks.install()
+
 KERNEL_TESTS = ("attention", "moe", "fusion", "gpu")
 
 

@@ -6,10 +6,11 @@ process of its own, since Triton settles at its import whether it interprets. By
 The interpreter is slow, so the tiles and the programs' shares are small: few rows still have several.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import memory_checks
 import pytest
 import torch
 from fusion.fusion_cases import SMALL_CASES, MergeCase
@@ -28,6 +29,21 @@ LETTERS = dict(zip(NAMES[1:], "wbgn", strict=True))
 # The last tile is not full, a program has several tiles, and there are several chunks of projections.
 CONFIG = Config(forward=Tiles(8, 1), backward=Tiles(4, 1), programs=2, levels=2)
 ALL = [True] * 6
+
+
+@pytest.fixture(autouse=True)
+def levels_are_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels find the levels, and the gradients to write, by addresses in memory."""
+    table = fusion._Problem.table
+
+    def told(problem: fusion._Problem, grads: Sequence[Tensor]) -> Tensor:
+        memory_checks.forget()
+        memory_checks.also_given(*problem.levels, *grads)
+        return table(problem, grads)
+
+    monkeypatch.setattr(fusion._Problem, "table", told)
+    yield
+    memory_checks.forget()
 
 
 @dataclass
