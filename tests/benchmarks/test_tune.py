@@ -1,6 +1,7 @@
 """The search for tiles, without a GPU: what is tried, that it is what runs, and what is kept."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -122,6 +123,9 @@ def test_candidates_are_compiled_and_not_launched(monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    # One after the other, and an error is told here.
+    mode = triton.AsyncCompileMode
+    monkeypatch.setattr(triton, "AsyncCompileMode", lambda _, **options: mode(ThreadPoolExecutor(1)))
     config = loss.default_config(torch.bfloat16, (9, 0))
     arguments = LOSS.workload(CASE, torch.device("cpu"), torch.bfloat16)
     hidden, weight = arguments.inputs
