@@ -10,6 +10,9 @@ STAMP := $(VENV)/.installed
 # The extension is checked by its own build tool, which does nothing where nothing changed.
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 
+# Containers often set it. The tests are many processes, and each would compile all that it imports: some 6 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench gpu lint format build clean
 
 demo: build
