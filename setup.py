@@ -21,7 +21,6 @@ CSRC = ROOT / "csrc"
 # the same inline function, the linker keeps the first one, and that one must run on every machine.
 ISA_FLAGS = {"DEFAULT": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["DEFAULT"] = "-O2"  # for processors from before 2013; it compiles in two thirds of -O3's time
     ISA_FLAGS["AVX2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["AVX512"] = (
         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"
