@@ -1,6 +1,6 @@
-"""Tensors of more than 2³¹ elements, in Triton's interpreter, which refuses sums and products that overflow.
-test_long_tensors.py runs this file in a process of its own, since Triton settles at its import whether it
-interprets. By hand:
+"""Tensors of more than 2³¹ elements, in Triton's interpreter: offsets of 32 bits wrap around as on a GPU, and
+what then lies outside of the tensors is refused. test_long_tensors.py runs this file in a process of its own,
+since Triton settles at its import whether it interprets. By hand:
 
     TRITON_INTERPRET=1 pytest tests/interpreted_long_tensors.py
 
@@ -11,6 +11,7 @@ for bit.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -226,9 +227,14 @@ def test_words_of_the_loss() -> None:
 
 
 def test_rows_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that the gradient of rows without a label stays untouched; what the system gives is 0.
-    monkeypatch.setattr(torch, "zeros", torch.empty)
     hidden, weight = long(16384), torch.randn(60, 16384).bfloat16() / 128
+    zeros = torch.zeros
+
+    def zeros_or_untouched(size: int | torch.Size, **options: Any) -> Tensor:
+        """The gradient of rows without a label stays untouched: it is new memory, which is 0."""
+        return (torch.empty if size == hidden.shape else zeros)(size, **options)
+
+    monkeypatch.setattr(torch, "zeros", zeros_or_untouched)
     labels = torch.full((len(hidden),), -100)
     labels[-3:] = torch.tensor([3, 59, 7])
 
