@@ -29,19 +29,17 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def objects() -> list[tuple[str, str, str]]:
-    """(source, object, flags) of every object of `_C`, from csrc/sources.txt."""
+    """(source, object, instruction set) of every object of `_C`, from csrc/sources.txt."""
     rows = []
     for line in (CSRC / "sources.txt").read_text().splitlines():
         source, *kind = line.split("#")[0].split() or [""]
         stem = source.removesuffix(".cpp")
         if kind == ["each-isa"]:
-            for isa, flags in ISA_FLAGS.items():
-                define = f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa}"
-                rows.append((source, f"{stem}.{isa}.o", f"{define} {flags}"))
+            rows += [(source, f"{stem}.{isa}.o", isa) for isa in ISA_FLAGS]
         elif source.endswith(".cpp"):
             rows.append((source, f"{stem}.o", ""))
     rank = {isa: i for i, isa in enumerate(ISA_FLAGS)}
-    return sorted(rows, key=lambda row: rank.get(row[1].split(".")[-2], 0))
+    return sorted(rows, key=lambda row: rank.get(row[2], 0))
 
 
 def cuda_objects() -> list[tuple[str, str]]:
@@ -91,18 +89,24 @@ class NinjaBuildExt(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
-            f"build precompiled.h.gch: compile {CSRC.resolve() / 'precompiled.h'}",
-            "  extra = -x c++-header",
             "rule link",
             f"  command = $cxx $in {link} -o $out",
             "  description = link $out",
         ]
-        rows = objects()
-        for source, obj, extra in rows:
-            needs = "" if extra else " | precompiled.h.gch"
+        isa_flags = {"": ""}
+        for isa, extra in ISA_FLAGS.items():
+            isa_flags[isa] = f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {extra}"
+        for isa, extra in isa_flags.items():
+            header = CSRC.resolve() / ("precompiled_kernels.h" if isa else "precompiled.h")
             rules += [
-                f"build {obj}: compile {CSRC.resolve() / source}{needs}",
-                f"  extra = {extra or '-include precompiled.h'}",
+                f"build precompiled{isa}.h.gch: compile {header}",
+                f"  extra = {extra} -x c++-header",
+            ]
+        rows = objects()
+        for source, obj, isa in rows:
+            rules += [
+                f"build {obj}: compile {CSRC.resolve() / source} | precompiled{isa}.h.gch",
+                f"  extra = {isa_flags[isa]} -include precompiled{isa}.h",
             ]
         rules += [f"build _C.so: link {' '.join(obj for _, obj, _ in rows)}", ""]
         if why_no_cuda() is None:
