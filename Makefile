@@ -19,7 +19,7 @@ demo: build
 	$(BIN)/pyvlm demo
 
 test: build
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: build
 	$(BIN)/python -m benchmarks
