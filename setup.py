@@ -93,9 +93,9 @@ class NinjaBuildExt(build_ext):
             f"  command = $cxx $in {link} -o $out",
             "  description = link $out",
         ]
-        isa_flags = {"": ""}
-        for isa, extra in ISA_FLAGS.items():
-            isa_flags[isa] = f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {extra}"
+        isa_flags = {"": ""} | {
+            isa: f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {extra}" for isa, extra in ISA_FLAGS.items()
+        }
         for isa, extra in isa_flags.items():
             header = CSRC.resolve() / ("precompiled_kernels.h" if isa else "precompiled.h")
             rules += [

@@ -23,11 +23,10 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage() -> Iterator[None]:
-    """Each record's memory begins with a look for garbage: through all that is imported it takes a second."""
-    gc.freeze()
+def _stays_frozen() -> Iterator[None]:
+    """What `peak_memories` froze stays so: to look through all that is imported takes a second a record."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "unfreeze", lambda: None)  # which follows each record
+        patch.setattr(gc, "unfreeze", lambda: None)
         yield
     gc.unfreeze()
 
