@@ -131,7 +131,7 @@ def expert_mlp(
         x: `[T, H]`, fp32, bf16 or fp16.
         token, expert_offsets, token_offsets, slot: int32, of a `Routing`. Not read by the host; indices are
             clamped to what there is.
-        weight: fp32 `[S]`.
+        weight: fp32 or fp64 `[S]`; taken as fp32.
         gate_up: `[E, U, H]`.
         down: `[E, H, I]`.
         activation: as for `pyvlm.ops.expert_mlp`.
@@ -197,7 +197,7 @@ def expert_mlp_backward(
         needs: which of the results are wanted; the others are empty, and cost nothing.
 
     Returns:
-        grad_x, grad_weight (fp32), grad_gate_up, grad_down, grad_gate_up_bias and grad_down_bias.
+        grad_x, grad_weight, grad_gate_up, grad_down, grad_gate_up_bias and grad_down_bias.
     """
     p = _Problem(
         x, token, weight, expert_offsets, token_offsets, slot, gate_up, down, gate_up_bias, down_bias,
@@ -229,7 +229,7 @@ def expert_mlp_backward(
         if wants_x:
             grads[0] = p.sum_slots(_grad_rows(p, grad_hidden))
         if wants_weight:
-            grads[1] = _grad_weight(p, grad_y, weight_parts)
+            grads[1] = _grad_weight(p, grad_y, weight_parts).to(weight.dtype)
         if wants_gate_up:
             grads[2] = _grad_matrix(p, p.gate_up, grad_hidden, p.x, left_of_tokens=False)
         if wants_down:
@@ -265,7 +265,7 @@ class _Problem:
                 f"the Triton kernels of expert_mlp take {', '.join(map(str, DTYPES))}; x is {x.dtype}: "
                 'use backend="reference"'
             )
-        self.x, self.weight = x.contiguous(), weight.contiguous()
+        self.x, self.weight = x.contiguous(), weight.float().contiguous()
         self.gate_up, self.down = gate_up.contiguous(), down.contiguous()
         self.tokens, self.hidden = x.shape
         self.slots = len(token)

@@ -105,9 +105,12 @@ def load_rows(
 @triton.jit
 def load_matrix(
     matrices, expert, first, column, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    BLOCK_C: tl.constexpr, DESCRIPTOR: tl.constexpr, BEGIN: tl.constexpr = 0,
 ):  # fmt: skip
-    """A block of an expert's matrix, of an [E, ROWS, WIDTH] tensor, and zeros outside the matrix."""
+    """A block of an expert's matrix, of an [E, ROWS, WIDTH] tensor, and zeros outside the matrix.
+
+    Blocks begin at whole multiples of their sides; of rows, behind row BEGIN.
+    """
     if DESCRIPTOR:
         tile = matrices.load([expert, first, column]).reshape(BLOCK_R, BLOCK_C)
     else:
@@ -115,7 +118,7 @@ def load_matrix(
         column_C = column + tl.arange(0, BLOCK_C)
         pointers = matrices + expert.to(tl.int64) * (ROWS * WIDTH)
         pointers = pointers + row_R.to(tl.int64)[:, None] * WIDTH + column_C[None, :]
-        if ROWS % BLOCK_R == 0 and WIDTH % BLOCK_C == 0:
+        if (ROWS - BEGIN) % BLOCK_R == 0 and WIDTH % BLOCK_C == 0:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(row_R < ROWS)[:, None] & (column_C < WIDTH)[None, :], other=0.0)
@@ -153,7 +156,7 @@ def product(
             acc_MN = dot(row_MK, matrix_KN, acc_MN, PRECISION)
         if PAIR:
             other_NK = load_matrix(
-                matrices, expert, column + PAIR, k, SIZE_N, SIZE_K, BLOCK[1], BLOCK[2], DESCRIPTOR
+                matrices, expert, column + PAIR, k, SIZE_N, SIZE_K, BLOCK[1], BLOCK[2], DESCRIPTOR, PAIR
             )
             pair_MN = dot(row_MK, other_NK.T, pair_MN, PRECISION)
     return acc_MN, pair_MN

@@ -212,6 +212,23 @@ def test_every_size(hidden: int, intermediate: int, dtype: torch.dtype) -> None:
     assert_right(problem_of(routed(13, 3), hidden, intermediate, dtype, biases=True))
 
 
+def test_gate_and_up_are_whole_tiles_together_and_not_each() -> None:
+    """Gated, a tile has 16 rows of each: 24 of both are three tiles, and the last of the up's is half one."""
+    assert_right(problem_of(routed(13, 3), 16, 24, config=POINTERS))
+
+
+def test_weights_of_slots_may_be_float64() -> None:
+    """As those of a float64 router are; their gradient is as well."""
+    problem = problem_of(routed(13, 3), 24, 16, biases=True)
+    grad_y = torch.randn(13, 24)
+    expected = problem.results(grad_y)
+    problem.leaves["weight"] = problem.leaves["weight"].double()
+    actual = problem.results(grad_y)
+    assert actual["weight"].dtype == torch.float64
+    for name, value in actual.items():
+        assert value.to(expected[name].dtype).equal(expected[name]), name
+
+
 def test_rows_without_an_expert_are_zero_and_so_are_gradients_of_experts_without_tokens() -> None:
     routing = token_choice(torch.tensor([[5.0, 0.0, 4.0]]).repeat(9, 1), 1, capacity=4)
     actual = problem_of(routing, 16, 16, biases=True).results(torch.randn(9, 16))
