@@ -249,7 +249,7 @@ def specialisations(launches: list[Launch], architecture: int) -> list[tuple[str
     for launch in launches:
         kernel = launch.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        # Host memory in place of the meta device's, whose address is 0: what counts is that it is aligned.
+        # Host memory in place of the meta device's, whose address is 0: what counts is how it is aligned.
         arguments = {name: _aligned(value) for name, value in launch.arguments.items()}
         keys.append((kernel.__name__, str(bind(**arguments)[1]), launch.tiles))
     return keys
@@ -267,4 +267,8 @@ def check_no_number_is_specialised(launches: list[Launch]) -> None:
 def _aligned(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_aligned, value))
-    return torch.zeros(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    # An allocation is aligned, and a view of one is as far behind that as it begins.
+    offset = value.storage_offset() % 16
+    return torch.zeros(16 + offset, dtype=value.dtype)[offset:]

@@ -326,7 +326,8 @@ class _Problem:
         if rows not in self.schedules:
             # At worst each busy expert has one slot in its last tile.
             row_tiles = (self.slots - self.busy) // rows + self.busy
-            tile_expert, tile_slot = self.common["token"].new_empty((2, row_tiles)).unbind()
+            # Two tensors, so that both are aligned: Triton would compile anew for a view that is not.
+            tile_expert, tile_slot = (self.common["token"].new_empty(row_tiles) for _ in range(2))
             schedule = {"tile_expert": tile_expert, "tile_slot": tile_slot, "row_tiles": row_tiles}
             tiles = Tiles(rows, 1, 1, 4, 1)
             grid = self.experts + 1 if row_tiles else 0
