@@ -57,7 +57,10 @@ class TokenGroups(NamedTuple):
             int64 [images], and the number, which no device is asked for; None where `image_sizes` is.
         """
         factor = options.capacity_factor
-        capacity = (self.image_offsets.diff().double() * factor / num_experts).ceil().long()
+        wanted = self.image_offsets.diff().double() * factor
+        # By a tensor: a GPU divides by a number as it multiplies by its inverse, and would round otherwise
+        # than the host does below.
+        capacity = (wanted / wanted.new_full((), num_experts)).ceil().long()
         if self.image_sizes is None:
             return capacity, None
         taken = (min(n, math.ceil(n * factor / num_experts)) for n in self.image_sizes)

@@ -23,6 +23,8 @@ from torch import Tensor
 from benchmarks.__main__ import OPERATIONS, load
 from benchmarks.harness.run import DTYPES, run_pass
 from benchmarks.harness.verify import Expected, verify
+from pyvlm.nn.moe_options import RouterOptions
+from pyvlm.nn.moe_routing import TokenGroups
 from pyvlm.ops import Routing, expert_choice, expert_mlp, linear_cross_entropy, token_choice
 from pyvlm.reference.gating import ACTIVATIONS
 
@@ -178,6 +180,20 @@ def test_routers(dtype: str, device: torch.device) -> None:
             assert routing.token.equal(expected.token), name
             assert routing.slot.equal(expected.slot), name
             torch.testing.assert_close(routing.weight, expected.weight)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.25])
+def test_capacities_of_images_are_those_that_the_host_counts_with(
+    factor: float, device: torch.device
+) -> None:
+    """A device that rounds otherwise would make other slots than there is memory for."""
+    sizes = list(range(0, 1500, 5))
+    offsets = torch.tensor([0, *sizes]).cumsum(0).to(device)
+    rows = torch.arange(sum(sizes), device=device)
+    groups = TokenGroups(rows[:0], rows, offsets, torch.ones_like(rows, dtype=torch.bool), sizes)
+    for experts in range(2, 33):
+        capacity, slots = groups.image_capacity(RouterOptions(experts, capacity_factor=factor), experts)
+        assert experts * capacity.minimum(offsets.diff()).sum().item() == slots
 
 
 def test_the_kernels_are_what_runs(gpu: torch.device) -> None:
