@@ -7,6 +7,7 @@ Shape legend
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyvlm.ops._moe_checks import check_logits, check_top_k
@@ -43,7 +44,8 @@ def load_balancing_loss(
     num_tokens, num_experts = max(len(logits), 1), logits.shape[1]
     counted = 1 if form == "deepspeed" and top_k <= 2 else top_k
     prob = reference.router_probabilities(logits)
-    chosen = torch.bincount(reference.top_choices(prob, counted).flatten(), minlength=num_experts)
+    # Not by bincount, which waits for the device.
+    chosen = F.one_hot(reference.top_choices(prob, counted), num_experts).sum((0, 1))
     loss = num_experts * (prob.sum(0) * chosen).sum() / num_tokens**2
     return loss / counted if form == "deepspeed" else loss
 

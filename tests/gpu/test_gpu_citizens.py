@@ -16,7 +16,16 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyvlm.ops import expert_choice, expert_mlp, span_attention, token_choice
+from pyvlm.ops import (
+    expert_choice,
+    expert_mlp,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_z_loss,
+    span_attention,
+    token_choice,
+)
 
 each_call = pytest.mark.parametrize("name", CALLS)
 ON_A_CPU = ("merge_levels", "add_at_image_tokens")
@@ -186,19 +195,46 @@ def test_all_ranges_changed_compile_nothing_new(device: torch.device) -> None:
     assert counter.frame_count == 1
 
 
-@each_call
-def test_nothing_waits_for_the_gpu(name: str, device: torch.device) -> None:
-    call = CALLS[name](device, torch.bfloat16)
-    call.results()
+@contextmanager
+def waiting_refused(device: torch.device) -> Iterator[None]:
+    """On a GPU what waits for it raises inside."""
     if device.type == "cpu":
+        yield
         return
     torch.use_deterministic_algorithms(False)  # some of torch's ops wait in that mode
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call.results()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@each_call
+def test_nothing_waits_for_the_gpu(name: str, device: torch.device) -> None:
+    call = CALLS[name](device, torch.bfloat16)
+    call.results()
+    with waiting_refused(device):
+        call.results()
+
+
+def test_neither_do_losses_of_routers(device: torch.device) -> None:
+    logits = torch.randn(70, 6, device=device)
+
+    def losses() -> list[Tensor]:
+        return [
+            load_balancing_loss(logits, 2),
+            load_balancing_loss(logits, 2, form="transformers"),
+            importance_loss(logits),
+            load_loss(logits, logits + 0.1, 2, noise_std=0.2),
+            router_z_loss(logits),
+        ]
+
+    expected = losses()
+    with waiting_refused(device):
+        actual = losses()
+    for a, b in zip(actual, expected, strict=True):
+        assert a.equal(b)
 
 
 @each_call
