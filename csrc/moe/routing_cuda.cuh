@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(1024)
   static __shared__ int found[3];
   const int group = blockIdx.x / experts, expert = blockIdx.x % experts;
   const int begin = groups.begin(group), end = groups.end(group), taken = groups.taken(group);
-  if (begin < 0 || begin > end || end > tokens || taken < 0) {
+  if (begin < 0 || begin > end || end > tokens || (taken < 1 && begin < end)) {
     __trap();  // nobody has looked at the groups before, as that would wait for the device
   }
   const int lane = lane_of_thread(), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

@@ -257,8 +257,9 @@ def test_keys_that_differ_in_their_last_bits(host: ctypes.CDLL) -> None:
         ([9, 9], [0, 60, 50], 4 * 9),
         ([9, 9], [0, 20, 51], 4 * 18),
         ([9, -9], [0, 20, 50], 4 * 9),
+        ([9, 0], [0, 20, 50], 4 * 9),
     ],
-    ids=["slots", "falling offsets", "offsets beyond the tokens", "capacity"],
+    ids=["slots", "falling offsets", "offsets beyond the tokens", "negative capacity", "no capacity"],
 )
 def test_what_does_not_fit_traps(
     host: ctypes.CDLL, capacity: list[int], offsets: list[int], slots: int
