@@ -172,8 +172,9 @@ def _check_counts(op: str, image_mask: Tensor, num_rows: int, per_sample: Sequen
         message = f"{op}: the number of image placeholders differs from the number of image features"
         torch._assert_async(image_mask.sum() == num_rows, message)
         if per_sample is not None:
-            expected = torch.tensor(per_sample).to(image_mask.device, non_blocking=True)
-            torch._assert_async((image_mask.sum(1) == expected).all(), message)
+            # Made on the device: a CUDA graph that is being captured takes no copy from the host.
+            expected = [torch.full((1,), count, device=image_mask.device) for count in per_sample]
+            torch._assert_async((image_mask.sum(1) == torch.cat(expected)).all(), message)
         return
     placeholders = image_mask.sum(1).tolist()
     features = _deal_out(num_rows, placeholders) if per_sample is None else per_sample

@@ -12,6 +12,7 @@ from fusion.placement_cases import PlacementCase
 from torch import Tensor
 
 from pyvlm.ops import (
+    add_at_image_tokens,
     expert_choice,
     expert_mlp,
     gated_activation,
@@ -123,13 +124,14 @@ def placement_call(device: torch.device, dtype: torch.dtype, op: str) -> OpCall:
     index = None if index is None else index.to(device)
     name = {"place": "place_image_tokens", "pack": "pack_image_tokens", "add": "add_at_image_tokens"}[op]
     leaves = tuple(x.to(device) for x in case.inputs(dtype))
-    return OpCall(
-        name,
-        lambda *leaves: case.run(leaves, mask, index, "auto"),
-        leaves,
-        name,
-        {"image_mask": mask},
-    )
+    counts = mask.sum(1).tolist()
+
+    def run(*leaves: Tensor) -> Tensor:
+        if op == "add":  # and how many features each sample has is checked
+            return add_at_image_tokens(*leaves, mask, features_per_sample=counts)
+        return case.run(leaves, mask, index, "auto")
+
+    return OpCall(name, run, leaves, name, {"image_mask": mask})
 
 
 def local_call(device: torch.device, dtype: torch.dtype) -> OpCall:
