@@ -158,7 +158,8 @@ def merge_levels_backward(
             p, grad_out, statistics, grad_levels, grad_weight if wants_weight else None, wanted
         )
     grad_alpha, alpha_L1 = alpha_sums, alpha.float()[:, None]
-    grad_bias = grad_ln_weight = grad_ln_bias = alpha.new_empty(0)
+    # Three, as they are results of an op: none of those may be another one.
+    grad_bias, grad_ln_weight, grad_ln_bias = (alpha.new_empty(0) for _ in range(3))
     if wants_ln_weight:
         grad_ln_weight = _like(weight_sums, ln_weight)
     if wants_ln_bias:

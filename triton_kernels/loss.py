@@ -158,11 +158,10 @@ def linear_cross_entropy_backward(
     """
     p = _Problem(hidden, weight, labels, ignore_index, bias, softcap, label_smoothing, z_loss, config)
     wants_hidden, wants_weight, wants_bias = needs[0], needs[1], needs[2] and bias is not None
-    nothing = hidden.new_empty(0)
     results = (
-        torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wants_hidden else nothing,
-        hidden.new_empty(weight.shape) if wants_weight else nothing,
-        hidden.new_empty(p.words) if wants_bias else nothing,
+        hidden.new_zeros(hidden.shape if wants_hidden else 0),
+        hidden.new_empty(weight.shape if wants_weight else 0),
+        hidden.new_empty(p.words if wants_bias else 0),
     )
     if not (wants_hidden or wants_weight or wants_bias):
         return results
