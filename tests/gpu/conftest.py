@@ -3,25 +3,38 @@
 The GPU's alone: `pytest tests/gpu -k on-cuda`, which `python -m benchmarks.gpu` does.
 """
 
+import os
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
-
-NO_GPU = "there is no CUDA device here (torch.cuda.is_available() is False)"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+from gpu.devices import on
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="on-cpu"),
-        pytest.param("cuda", id="on-cuda", marks=needs_gpu),
-    ]
-)
+@pytest.fixture(params=[on("cpu"), on("cuda")])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU where there is one."""
-    return torch.device(request.param)
+    return request.param
 
 
-@pytest.fixture(params=[pytest.param("cuda", id="on-cuda", marks=needs_gpu)])
+@pytest.fixture(params=[on("cuda")])
 def gpu(request: pytest.FixtureRequest) -> torch.device:
     """The GPU, for what a CPU does not have."""
-    return torch.device(request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fault_ends_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where a kernel has read or written outside, the GPU runs nothing more for this process.
+
+    The test is to blame in which that happened, and the next ones need another worker, which xdist starts.
+    """
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{request.node.nodeid}: {error}", file=sys.__stderr__, flush=True)
+        os._exit(1)

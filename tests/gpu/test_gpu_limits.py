@@ -162,7 +162,8 @@ def test_keys_of_attention(device: torch.device, sizes: Callable[..., int]) -> N
     out = span_attention(q, k, k, spans)
     last = k[:, -1:].clone()
     expected = span_attention(q[:, -1:], last, last, spans)
-    torch.testing.assert_close(out[:, -1:], expected)  # more or fewer parts of the keys are added up
+    # More or fewer parts of the keys are added up, and P is rounded against the largest score of a part.
+    torch.testing.assert_close(out[:, -1:], expected, rtol=2e-2, atol=2e-3)
 
 
 def test_text_and_image_rows(device: torch.device, sizes: Callable[..., int]) -> None:
@@ -252,7 +253,8 @@ def test_weights_of_experts(device: torch.device, sizes: Callable[..., int]) -> 
     everything = y_and_grad(gate_up, down, logits)
     alone = y_and_grad(gate_up[-1:].clone(), down[-1:].clone(), logits[:, -1:].clone())
     for actual, expected in zip(everything, alone, strict=True):
-        torch.testing.assert_close(actual, expected)
+        # Few rows an expert and many have other tiles: rounded to bfloat16, what they add up differs.
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-3)
 
 
 def test_maps_of_windows(device: torch.device, sizes: Callable[..., int]) -> None:
