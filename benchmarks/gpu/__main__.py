@@ -7,9 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,27 @@ import torch
 from benchmarks.gpu.aims import judge
 from benchmarks.gpu.facts import facts, missing
 from benchmarks.gpu.summary import summary
-from benchmarks.gpu.worker import FAILED, OUT_OF_TIME, write_atomically
+from benchmarks.gpu.worker import FAILED, FAULT, OUT_OF_TIME, write_atomically
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
 # Each part's share of the time. What a part leaves is the later ones'.
 SHARES = {
-    "build": 100,
+    "build": 180,
     "limits": 10,
     "tests": 105,
-    "attention": 105,
-    "moe": 45,
-    "fusion": 20,
-    "loss": 20,
-    "placement": 20,
+    "attention": 75,
+    "moe": 35,
+    "fusion": 15,
+    "loss": 15,
+    "placement": 15,
     "layers": 10,
-    "step": 45,
+    "step": 30,
     "tune": 600,
 }
 OPTIONAL = ("tune",)  # it measures what might be, and takes a while
+LEAST_S = 10  # what a part that broke off goes on with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,24 +86,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for package, purpose in document["missing"].items():
         print(f"{package} is not here: {purpose}")
+    if not options.dry_run:
+        link_kernels()
+        if "build" not in parts and find_spec("pyvlm._C") is None:
+            print("pyvlm._C is not built yet: part build comes first")
+            parts.insert(0, "build")
     path = result_path(options.out, made_with, options.dry_run)
+    path.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
     for i, part in enumerate(parts):
         shares = [SHARES[name] for name in parts[i:]]
         seconds = max(0.0, ends - time.monotonic()) * shares[0] / sum(shares)
         print(f"\n== {part}: up to {seconds:.0f} s", flush=True)
-        document["parts"][part] = run_part(part, seconds, options.dry_run)
+        # Beside the results until it has ended: who ends this process has what was measured.
+        file = path.with_suffix(f".{part}.json")
+        document["parts"][part] = run_part(part, seconds, options.dry_run, file)
         document["aims"] = judge(document)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, document)
-    text = summary(document)
-    path.with_suffix(".md").write_text(text)
-    print(f"\n{text}\nwrote {path} and {path.with_suffix('.md').name}")
+        path.with_suffix(".md").write_text(summary(document))
+        file.unlink(missing_ok=True)
+        if part == "build" and not options.dry_run and not is_built(document["parts"][part]):
+            print("without pyvlm._C there is nothing to test or to measure")
+            break
+    print(f"\n{path.with_suffix('.md').read_text()}\nwrote {path} and {path.with_suffix('.md').name}")
     return int(any(failed(part) for part in document["parts"].values()))
 
 
 def failed(part: dict[str, Any]) -> bool:
-    return part["status"] == FAILED or (part["status"] == OUT_OF_TIME and not part.get("records"))
+    nothing = part["status"] == OUT_OF_TIME and not part.get("records")
+    return part["status"] == FAILED or bool(part.get("broken")) or nothing
 
 
 def result_path(out: Path | None, made_with: dict[str, Any], dry_run: bool) -> Path:
@@ -115,30 +127,57 @@ def result_path(out: Path | None, made_with: dict[str, Any], dry_run: bool) -> P
     return out / name
 
 
-def run_part(part: str, seconds: float, dry_run: bool) -> dict[str, Any]:
-    """Runs a part in a process of its own, and ends it with all its children where its time is up."""
+def link_kernels() -> None:
+    """Makes `pyvlm.triton_kernels` known where pyvlm is not installed, which maps that package."""
+    if find_spec("pyvlm.triton_kernels") is None:
+        link = ROOT / "pyvlm" / "triton_kernels"
+        link.symlink_to(Path("..") / "triton_kernels", target_is_directory=True)
+
+
+def is_built(part: dict[str, Any]) -> bool:
+    """Whether `_C` loads, without which pyvlm has no op; `_C_cuda` has the routers alone."""
+    return part.get("build_info", {}).get("native", {"error": "unknown"}).get("error") is None
+
+
+def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+    """Runs a part in a process of its own, and ends it with all its children where its time is up.
+
+    Where a job of it breaks off, another process goes on with the next one. `file` holds what was measured.
+    """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "part.json"
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", part, str(file), f"{0.9 * seconds:.0f}"]
-        process = subprocess.Popen(
-            [*command, *(["--dry-run"] if dry_run else [])], cwd=ROOT, start_new_session=True
-        )
-        try:
-            process.wait(timeout=seconds)
-            ended = ""
-        except subprocess.TimeoutExpired:
-            ended = f"ended after {seconds:.0f} s, its share of the time"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    file.unlink(missing_ok=True)
+    left, begun = seconds, 0
+    while True:
+        ended = _run_worker(part, left, dry_run, file)
         content = json.loads(file.read_text()) if file.exists() else {"status": FAILED}
-    if ended:
-        content |= {"status": OUT_OF_TIME, "detail": ended}
-    elif process.returncode != 0:
-        content |= {"status": FAILED, "detail": f"its process ended with {process.returncode}"}
+        left = seconds - (time.monotonic() - start)
+        if ended in (None, 0) or left < LEAST_S or content.get("begun", 0) == begun:
+            break
+        begun = content["begun"]
+        if ended != FAULT:  # which the worker has told itself
+            lost = {"job": content["job"], "detail": f"its process ended with {ended}"}
+            write_atomically(file, content | {"broken": [*content["broken"], lost]})
+    if ended is None:
+        content |= {"status": OUT_OF_TIME, "detail": f"ended after {seconds:.0f} s, its share of the time"}
+    elif ended != 0:
+        content = {"detail": f"its process ended with {ended}"} | content | {"status": FAILED}
     return content | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _run_worker(part: str, seconds: float, dry_run: bool, file: Path) -> int | None:
+    """The exit status, or None where the time was up."""
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", part, str(file), f"{0.9 * seconds:.0f}"]
+    process = subprocess.Popen(
+        [*command, *(["--dry-run"] if dry_run else [])], cwd=ROOT, start_new_session=True
+    )
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 if __name__ == "__main__":

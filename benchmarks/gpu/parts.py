@@ -1,8 +1,8 @@
 """The parts that measure ops: which workloads, and what else their aims need."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,45 +30,55 @@ class Context:
     def settings(self) -> Settings:
         return QUICK if self.dry_run else GPU
 
-    def in_time(self) -> bool:
-        return time.monotonic() < self.deadline
+
+@dataclass(frozen=True)
+class Job:
+    """What a part does at a stretch: where it breaks off, the part goes on with the next one.
+
+    Attributes:
+        share: it has an equal share of the part's time, in place of all that is left.
+    """
+
+    name: str
+    run: Callable[[Context], Iterator[Record]]
+    share: bool = False
 
 
-def _of_family(operation: Operation, workload: Callable[..., Workload], sizes: Iterable[Any]) -> Any:
-    def run(context: Context) -> Iterator[Record]:
-        peers = with_peers(operation)
-        for case in sizes:
-            if not context.in_time():
-                return
-            size = case.reduced() if context.dry_run else case
-            work = workload(size, context.device, torch.bfloat16)
-            work = replace(work, cold=not context.dry_run)  # what is in a cache is measured by nobody
-            yield from measure(peers, work, peers.providers, context.settings)
-
-    return run
+def _workload(make: Callable[..., Workload], case: Any, context: Context) -> Workload:
+    """In bfloat16; what is in a cache is measured by nobody."""
+    size = case.reduced() if context.dry_run else case
+    return replace(make(size, context.device, torch.bfloat16), cold=not context.dry_run)
 
 
-def run_limits(context: Context) -> Iterator[Record]:
-    """The machine's own: products in bf16, fp16 and fp32, copies, and the shortest call there is."""
+def _of_family(operation: Operation, make: Callable[..., Workload], sizes: Iterable[Any]) -> tuple[Job, ...]:
+    peers = with_peers(operation)
+
+    def run(case: Any, context: Context) -> Iterator[Record]:
+        yield from measure(peers, _workload(make, case, context), peers.providers, context.settings)
+
+    return tuple(Job(case.name, partial(run, case)) for case in sizes)
+
+
+def run_limits(dtype: torch.dtype, context: Context) -> Iterator[Record]:
+    """The machine's own: products, copies, and the shortest call there is."""
     empty = torch.empty(1, device=context.device)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        product, copy = limits(context.device, dtype, context.dry_run)
-        samples = interleave(
-            {GEMM: product.call, COPY: copy.call, "call": empty.zero_},
-            context.device,
-            context.settings.budget_s,
-            sweep=None if context.dry_run else copy.call,
-        )
-        times = {name: summary(values) for name, values in samples.items()}
-        yield {
-            "op": "limits",
-            "case": str(dtype).removeprefix("torch."),
-            "gemm_what": product.what,
-            "gemm_gflops": product.amount / times[GEMM]["median_s"] / 1e9,
-            "copy_what": copy.what,
-            "copy_gbytes_per_s": copy.amount / times[COPY]["median_s"] / 1e9,
-            "call_s": times["call"]["median_s"],
-        }
+    product, copy = limits(context.device, dtype, context.dry_run)
+    samples = interleave(
+        {GEMM: product.call, COPY: copy.call, "call": empty.zero_},
+        context.device,
+        context.settings.budget_s,
+        sweep=None if context.dry_run else copy.call,
+    )
+    times = {name: summary(values) for name, values in samples.items()}
+    yield {
+        "op": "limits",
+        "case": str(dtype).removeprefix("torch."),
+        "gemm_what": product.what,
+        "gemm_gflops": product.amount / times[GEMM]["median_s"] / 1e9,
+        "copy_what": copy.what,
+        "copy_gbytes_per_s": copy.amount / times[COPY]["median_s"] / 1e9,
+        "call_s": times["call"]["median_s"],
+    }
 
 
 def cublas_seconds(work: Workload, context: Context) -> dict[str, float]:
@@ -98,38 +108,41 @@ def cublas_seconds(work: Workload, context: Context) -> dict[str, float]:
     return {name: summary(values)["median_s"] for name, values in samples.items()}
 
 
-def run_moe(context: Context) -> Iterator[Record]:
-    for case in cases.EXPERTS:
-        if not context.in_time():
-            return
-        size = case.reduced() if context.dry_run else case
-        work = moe.workload(size, context.device, torch.bfloat16)
-        products = None if case.decode else cublas_seconds(work, context)
-        peers = with_peers(moe.OPERATION)
-        work = replace(work, cold=not context.dry_run)
-        for record in measure(peers, work, peers.providers, context.settings):
-            yield record if products is None else record | {"cublas_s": products[record["pass"]]}
-    yield from _of_family(routing.OPERATION, routing.workload, cases.ROUTING)(context)
+def run_experts(case: Any, context: Context) -> Iterator[Record]:
+    work = _workload(moe.workload, case, context)
+    products = None if case.decode else cublas_seconds(work, context)
+    peers = with_peers(moe.OPERATION)
+    for record in measure(peers, work, peers.providers, context.settings):
+        yield record if products is None else record | {"cublas_s": products[record["pass"]]}
 
 
-def run_layers(context: Context) -> Iterator[Record]:
-    yield from _of_family(norm.OPERATION, norm.workload, cases.NORM)(context)
-    yield from _of_family(gating.OPERATION, gating.workload, cases.GATING)(context)
-
-
-def run_tune(context: Context) -> Iterator[Record]:
+def run_tune(family: tune.Family, case: Any, context: Context) -> Iterator[Record]:
     settings = replace(context.settings, budget_s=context.settings.budget_s / 2)
-    yield from tune.run(context.device, context.dry_run, settings, context.deadline)
+    work = _workload(family.workload, case, context)
+    yield from tune.run(family, case, work, context.dry_run, settings, context.deadline)
 
 
-PARTS: dict[str, Callable[[Context], Iterator[Record]]] = {
-    "limits": run_limits,
+PARTS: dict[str, tuple[Job, ...]] = {
+    "limits": tuple(
+        Job(str(dtype), partial(run_limits, dtype))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ),
     "attention": _of_family(attention.OPERATION, attention.workload, cases.ATTENTION),
-    "moe": run_moe,
+    "moe": (
+        *(Job(case.name, partial(run_experts, case)) for case in cases.EXPERTS),
+        *_of_family(routing.OPERATION, routing.workload, cases.ROUTING),
+    ),
     "fusion": _of_family(fusion.OPERATION, fusion.workload, cases.FUSION),
     "loss": _of_family(loss.OPERATION, loss.workload, cases.LOSS),
     "placement": _of_family(placement.OPERATION, placement.workload, cases.PLACEMENT),
-    "layers": run_layers,
-    "step": step.run,
-    "tune": run_tune,
+    "layers": (
+        *_of_family(norm.OPERATION, norm.workload, cases.NORM),
+        *_of_family(gating.OPERATION, gating.workload, cases.GATING),
+    ),
+    "step": tuple(Job(kind, partial(step.run, kind)) for kind in step.KINDS),
+    "tune": tuple(
+        Job(f"{family.operation.name} {case.name}", partial(run_tune, family, case), share=True)
+        for family in tune.FAMILIES
+        for case in family.cases
+    ),
 }

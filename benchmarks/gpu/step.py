@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, peak_memory, summary
-from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record
+from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record, check_device
 from benchmarks.harness.workload import TRAINING
 from pyvlm.ops import linear_cross_entropy, span_attention
 from pyvlm.spans import AttentionSpans
@@ -24,6 +24,7 @@ from pyvlm.spans import AttentionSpans
 if TYPE_CHECKING:
     from benchmarks.gpu.parts import Context
 
+KINDS = ("llava-mmca", "moe-llava")
 LOSSES_MAY_DIFFER = 0.02  # of a bfloat16 model's, whose attention and experts round apart
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -140,13 +141,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def run(context: "Context") -> Iterator[Record]:
-    for kind in ("llava-mmca", "moe-llava"):
-        if context.in_time():
-            yield _measure(kind, context)
-
-
-def _measure(kind: str, context: "Context") -> Record:
+def run(kind: str, context: "Context") -> Iterator[Record]:
     step = Step(kind, context)
     experts = {"pyvlm": "pyvlm", "others": "grouped_mm"} if kind == "moe-llava" else {}
     builds: dict[str, Callable[[], Attend]] = {
@@ -171,10 +166,11 @@ def _measure(kind: str, context: "Context") -> Record:
             loss.backward()
             step.optimizer.zero_grad(set_to_none=True)
         except Exception as error:  # a peer may raise anything; it is told in its row
+            check_device(context.device)
             outcomes[name] = {"status": UNAVAILABLE, "detail": f"{type(error).__name__}: {error}"[:300]}
             continue
         expected = loss.item() if expected is None else expected
-        if abs(loss.item() - expected) > LOSSES_MAY_DIFFER * abs(expected):
+        if not abs(loss.item() - expected) <= LOSSES_MAY_DIFFER * abs(expected):  # NaN is not either
             outcomes[name] = {"status": WRONG, "detail": f"its loss is {loss.item():.4f}, not {expected:.4f}"}
             continue
         calls[name] = lambda how=how: step.run(lambda: step.loss(*how))
@@ -192,7 +188,7 @@ def _measure(kind: str, context: "Context") -> Record:
             **summary(samples[name]),
             "peak_bytes": peak_memory(call, context.device),
         }
-    return {
+    yield {
         "op": "step",
         "case": kind,
         "reason": "forward, backward and AdamW",

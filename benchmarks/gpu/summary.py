@@ -41,7 +41,8 @@ def summary(document: dict[str, Any]) -> str:
 def _of_part(part: dict[str, Any]) -> str:
     counts = ", ".join(f"{number} {name}" for name, number in part.get("counts", {}).items())
     detail = " ".join(part.get("detail", "").split())[:200]
-    failures = "; ".join(part.get("failures", [])[:5])
+    broken = [f"{job['job']}: {job['detail'].strip().splitlines()[-1]}" for job in part.get("broken", ())]
+    failures = "; ".join([*broken, *part.get("failures", [])][:5])
     records = f"{len(part['records'])} records" if "records" in part else ""
     return ", ".join(text for text in (counts, records, detail, failures) if text).replace("|", "/")
 

@@ -168,15 +168,12 @@ def search(
         config = replace(config, **{field: best})
 
 
-def run(device: torch.device, dry_run: bool, settings: Settings, deadline: float) -> Iterator[Record]:
-    """Families and cases in turn, each with an equal share of the time that is left."""
-    chosen = [(family, case) for family in FAMILIES for case in family.cases]
-    for i, (family, case) in enumerate(chosen):
-        share = (deadline - time.monotonic()) / (len(chosen) - i)
-        default_config = family.kernels.default_config
-        size = case.reduced() if dry_run else case
-        work = family.workload(size, device, torch.bfloat16)
-        try:
-            yield from search(family, case, work, dry_run, settings, time.monotonic() + share)
-        finally:
-            family.kernels.default_config = default_config
+def run(
+    family: Family, case: Any, work: Workload, dry_run: bool, settings: Settings, deadline: float
+) -> Iterator[Record]:
+    """`search`, after which the family's own tiles are in force again."""
+    default_config = family.kernels.default_config
+    try:
+        yield from search(family, case, work, dry_run, settings, deadline)
+    finally:
+        family.kernels.default_config = default_config

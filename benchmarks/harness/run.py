@@ -70,6 +70,7 @@ def measure(
             try:
                 problem = verify(call(), expected)
             except Exception as error:  # a peer may raise anything; it is told in its row
+                check_device(work.device)
                 outcomes[provider] = {"status": UNAVAILABLE, "detail": _first_line(error)}
                 continue
             if problem is None:
@@ -126,6 +127,15 @@ def _time(
         "limits": measured,
         "providers": {provider.name: outcomes[provider.name] for provider in providers},
     }
+
+
+def check_device(device: torch.device) -> None:
+    """Raises where a GPU will run nothing more for this process: a kernel read or wrote outside, say.
+
+    To be called where an exception is handled: the traceback then tells both.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _first_line(error: Exception) -> str:

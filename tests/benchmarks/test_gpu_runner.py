@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from benchmarks import report
 from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import cases, worker
 from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
-from benchmarks.gpu.parts import PARTS, Context
+from benchmarks.gpu.parts import PARTS, Context, Job
 from benchmarks.gpu.summary import summary
 from benchmarks.harness.measure import interleave
 from benchmarks.harness.workload import FORWARD, TRAINING
@@ -195,7 +197,7 @@ class TestRunner:
 
         monkeypatch.setattr(runner.subprocess, "Popen", start)
         begin = time.monotonic()
-        parts = {name: runner.run_part(name, 3, dry_run=True) for name in ends}
+        parts = {name: runner.run_part(name, 3, True, tmp_path / f"{name}.json") for name in ends}
         assert time.monotonic() - begin < 30
         assert all(part["records"] == [{"case": "one"}] for part in parts.values())
         assert parts["moe"]["status"] == "failed"
@@ -229,15 +231,100 @@ class TestRunner:
     def test_records_are_written_as_they_are_made(self, part, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "compile", torch.compile)  # put back what the worker replaces
         written: list[int] = []
-        worker.run_part(part, True, 60.0, lambda content: written.append(len(content["records"])))
+        ended = worker.run_part(part, True, 60.0, lambda content: written.append(len(content["records"])), {})
+        assert ended == 0
         assert written[0] == 0
         assert sorted(written) == written
         assert written[-1] >= 3
 
-    def test_no_time_is_no_record(self):
-        context = Context(torch.device("cpu"), True, time.monotonic() - 1)
+    def test_a_part_goes_on_behind_a_job_that_broke_off(self, monkeypatch, tmp_path):
+        """By an exception, or with its whole process."""
+
+        def run(name: str) -> Any:
+            def records(context: Context) -> Any:
+                yield {"case": f"{name} 1"}
+                if name == "b":
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                if name == "c":
+                    raise SystemExit(-6)
+                yield {"case": f"{name} 2"}
+
+            return records
+
+        monkeypatch.setattr(torch, "compile", torch.compile)
+        monkeypatch.setitem(PARTS, "loss", tuple(Job(name, run(name)) for name in "abcd"))
+        processes: list[float] = []
+
+        def in_this_process(part: str, seconds: float, dry_run: bool, file: Path) -> int:
+            processes.append(seconds)
+            before = json.loads(file.read_text()) if file.exists() else {}
+            write = partial(worker.write_atomically, file)
+            try:
+                return worker.run_part(part, dry_run, seconds, write, before)
+            except SystemExit as end:
+                return int(end.code)
+
+        monkeypatch.setattr(runner, "_run_worker", in_this_process)
+        part = runner.run_part("loss", 60.0, True, tmp_path / "loss.json")
+        assert len(processes) == 3
+        cases = [record["case"] for record in part["records"]]
+        assert cases == ["a 1", "a 2", "b 1", "c 1", "d 1", "d 2"]
+        assert part["status"] == "failed"
+        assert [broken["job"] for broken in part["broken"]] == ["b", "c"]
+        assert "illegal memory access" in part["broken"][0]["detail"]
+        assert part["broken"][1]["detail"] == "its process ended with -6"
+        made = {**document(), "parts": {"loss": part | {"records": []}}}
+        assert "b: RuntimeError: CUDA error: an illegal memory access" in summary(made)
+
+    def test_no_time_is_no_record(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", torch.compile)
         for part in ("attention", "fusion", "step"):
-            assert list(PARTS[part](context)) == []
+            written: list[dict[str, Any]] = []
+            assert worker.run_part(part, True, -1.0, written.append, {}) == 0
+            assert written[-1]["records"] == []
+            assert written[-1]["status"] == "out of time"
+
+    def test_a_part_without_the_extension_builds_it_first_and_no_part_follows_a_build_without_it(
+        self, monkeypatch, tmp_path
+    ):
+        asked: list[str] = []
+
+        def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+            asked.append(part)
+            return {"status": "failed", "seconds": 1.0, "detail": "no compiler"}
+
+        monkeypatch.setattr(runner, "run_part", run_part)
+        monkeypatch.setattr(runner, "find_spec", lambda name: None if name == "pyvlm._C" else "found")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(runner, "facts", lambda device: MACHINE)
+        assert runner.main(["--parts", "limits", "--out", str(tmp_path)]) == 1
+        assert asked == ["build"]
+        (path,) = tmp_path.glob("*.json")
+        assert json.loads(path.read_text())["parts"]["build"]["detail"] == "no compiler"
+        built = {"build_info": {"native": {"available": True}, "native_cuda": {"error": "no nvcc"}}}
+        assert runner.is_built(built)
+        assert not runner.is_built({"build_info": {"native": {"error": "undefined symbol"}}})
+
+    def test_why_a_test_failed_is_told_when_it_fails(self, tmp_path, monkeypatch):
+        """And where the time is up the others are not waited for."""
+        monkeypatch.setattr(worker, "ROOT", tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(runner.ROOT))
+        (tmp_path / "tests" / "gpu").mkdir(parents=True)
+        (tmp_path / "tests" / "gpu" / "test_some.py").write_text(
+            "import time, pytest\n"
+            "each = pytest.mark.parametrize('device', ['cpu'], ids=['on-cpu'])\n"
+            "@each\ndef test_wrong(device):\n    assert 1 == 2, 'a reason'\n"
+            "@each\ndef test_slow(device):\n    time.sleep(300)\n"
+        )
+        written: list[dict[str, Any]] = []
+        begin = time.monotonic()
+        monkeypatch.setattr(worker, "installed", lambda package: None)  # xdist takes 8 s more to end
+        worker.run_tests(True, 4.0, lambda content: written.append(json.loads(json.dumps(content))))
+        assert time.monotonic() - begin < 60
+        assert written[-1]["status"] == "out of time"
+        assert "interrupted after 4 s" in written[-1]["detail"]
+        (failure,) = written[-1]["failures"]
+        assert "test_wrong[on-cpu]: AssertionError: a reason" in failure
 
 
 def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):
