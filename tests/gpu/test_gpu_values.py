@@ -50,7 +50,7 @@ def every_case() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("device", "family", "case", "dtype"), every_case())
+@pytest.mark.parametrize(("device", "family", "case", "dtype"), list(every_case()))
 def test_every_case(family: str, case: str, dtype: str, device: torch.device) -> None:
     """Forward, and forward and backward, within the policy of tolerances."""
     operation = load(family)
