@@ -1,5 +1,6 @@
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,12 +41,24 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _imports_are_no_garbage() -> Iterator[None]:
-    """accelerate collects garbage as a stage begins: a look at all that is imported took half of a run."""
-    gc.freeze()
-    yield
+@pytest.fixture(scope="session")
+def frozen_by() -> Iterator[set[Path]]:
+    """Files behind whose first test all that there was is no longer looked through for garbage."""
+    yield set()
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage(request: pytest.FixtureRequest, frozen_by: set[Path]) -> Iterator[None]:
+    """accelerate collects garbage as a stage begins: a look at all that is imported took half of a run.
+
+    The first test of a file has imported what the others need, some 2,000 modules with the first trainer.
+    """
+    yield
+    if request.path not in frozen_by:
+        frozen_by.add(request.path)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
