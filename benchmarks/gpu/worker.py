@@ -94,14 +94,15 @@ def run_tests(dry_run: bool, seconds: float, write: Write) -> None:
         if line.startswith(REASON):
             content["failures"].append(line.removeprefix(REASON).strip()[:600])
             write(content)
+    in_time = interrupt.is_alive()
     interrupt.cancel()
     content["counts"] = {name: int(number) for number, name in _COUNT.findall(line)}
     ended = run.wait()
-    if ended == 2:  # interrupted
-        content["detail"] = f"interrupted after {seconds:.0f} s"
-    else:
+    if in_time:
         content["status"] = DONE if ended == 0 else FAILED
         content["detail"] = "" if ended == 0 else f"pytest ended with {ended}"
+    else:
+        content["detail"] = f"interrupted after {seconds:.0f} s"
     write(content)
 
 

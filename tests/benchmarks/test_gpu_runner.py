@@ -305,26 +305,45 @@ class TestRunner:
         assert runner.is_built(built)
         assert not runner.is_built({"build_info": {"native": {"error": "undefined symbol"}}})
 
-    def test_why_a_test_failed_is_told_when_it_fails(self, tmp_path, monkeypatch):
-        """And where the time is up the others are not waited for."""
+    @pytest.fixture
+    def tests_of(self, tmp_path, monkeypatch) -> Any:
+        """Runs a file as if it were all of tests/gpu; returns what was written last."""
+
+        def run(code: str, seconds: float) -> dict[str, Any]:
+            (tmp_path / "tests" / "gpu").mkdir(parents=True)
+            (tmp_path / "tests" / "gpu" / "test_some.py").write_text(code)
+            written: list[dict[str, Any]] = []
+            worker.run_tests(True, seconds, lambda content: written.append(json.loads(json.dumps(content))))
+            return written[-1]
+
         monkeypatch.setattr(worker, "ROOT", tmp_path)
         monkeypatch.setenv("PYTHONPATH", str(runner.ROOT))
-        (tmp_path / "tests" / "gpu").mkdir(parents=True)
-        (tmp_path / "tests" / "gpu" / "test_some.py").write_text(
+        monkeypatch.setattr(worker, "installed", lambda package: None)  # xdist takes 8 s more to end
+        return run
+
+    def test_why_a_test_failed_is_told_when_it_fails(self, tests_of):
+        """And where the time is up the others are not waited for."""
+        begin = time.monotonic()
+        told = tests_of(
             "import time, pytest\n"
             "each = pytest.mark.parametrize('device', ['cpu'], ids=['on-cpu'])\n"
             "@each\ndef test_wrong(device):\n    assert 1 == 2, 'a reason'\n"
-            "@each\ndef test_slow(device):\n    time.sleep(300)\n"
+            "@each\ndef test_slow(device):\n    time.sleep(300)\n",
+            seconds=4.0,
         )
-        written: list[dict[str, Any]] = []
-        begin = time.monotonic()
-        monkeypatch.setattr(worker, "installed", lambda package: None)  # xdist takes 8 s more to end
-        worker.run_tests(True, 4.0, lambda content: written.append(json.loads(json.dumps(content))))
         assert time.monotonic() - begin < 60
-        assert written[-1]["status"] == "out of time"
-        assert "interrupted after 4 s" in written[-1]["detail"]
-        (failure,) = written[-1]["failures"]
+        assert told["status"] == "out of time"
+        assert "interrupted after 4 s" in told["detail"]
+        (failure,) = told["failures"]
         assert "test_wrong[on-cpu]: AssertionError: a reason" in failure
+
+    def test_tests_that_cannot_be_imported_have_failed(self, tests_of):
+        told = tests_of("import a_package_that_is_not_there\n", seconds=60.0)
+        assert told["status"] == "failed"
+        assert told["detail"] == "pytest ended with 2"
+        (failure,) = told["failures"]
+        assert "test_some.py: " in failure
+        assert "No module named 'a_package_that_is_not_there'" in failure
 
 
 def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):
