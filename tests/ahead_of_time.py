@@ -40,6 +40,9 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
+WGMMA = re.compile(r"\bHGMMA\b")
+WGMMA_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 NARROW_LOAD = re.compile(r"\bLDG\S*\.[US]16\b")  # one number of a tensor of bfloat16, and not asynchronous
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # HGMMA: wgmma, UTCHMMA: tcgen05
 # Another version of Triton gives registers away otherwise: such a part of a main loop may then be spills.
@@ -134,7 +137,8 @@ def _types_in(value: Any, path: tuple[int, ...], alignments: dict[tuple[int, ...
 
 def facts(launch: Launch, architecture: int) -> dict[str, Any]:
     """Registers a thread, bytes of local memory and of shared memory, matrix instructions, and of each main
-    loop the instructions and how many of them are spills, or loads of two bytes."""
+    loop the instructions and how many of them are spills, or loads of two bytes; with wgmma also how many of
+    its exponentials are made while one runs, and how many there are."""
     types, constants, alignments = signature(launch)
     compiled = triton.compile(
         ASTSource(launch.kernel, types, constants, alignments),
@@ -158,7 +162,7 @@ def facts(launch: Launch, architecture: int) -> dict[str, Any]:
         )
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
     loops = main_loops(code)
-    return {
+    found = {
         "registers": int(registers),
         "local_bytes": int(stack) + int(local),
         "shared_bytes": compiled.metadata.shared,
@@ -167,6 +171,11 @@ def facts(launch: Launch, architecture: int) -> dict[str, Any]:
         "loop_spills": [sum(map(bool, map(SPILL.search, loop))) for loop in loops],
         "loop_narrow_loads": [sum(map(bool, map(NARROW_LOAD.search, loop))) for loop in loops],
     }
+    if "HGMMA" in found["matrix_instructions"]:
+        exponentials = [exponentials_beside_wgmma(loop) for loop in loops]
+        if any(total for _, total in exponentials):
+            found["loop_exponentials_beside_wgmma"] = exponentials
+    return found
 
 
 def main_loops(code: str) -> list[list[str]]:
@@ -190,6 +199,20 @@ def main_loops(code: str) -> list[list[str]]:
         loop for loop in loops if not any(other != loop and set(other) <= set(loop) for other in loops)
     ]
     return [[lines[i] for i in loop] for loop in innermost]
+
+
+def exponentials_beside_wgmma(loop: list[str]) -> list[int]:
+    """How many of a loop's exponentials are made after a wgmma has been issued and before it is waited for;
+    and how many there are."""
+    running, beside = False, 0
+    for i, instruction in enumerate(loop * 2):  # what is issued at the end of a round may run on in the next
+        if WGMMA.search(instruction):
+            running = True
+        elif WGMMA_WAIT.search(instruction):
+            running = False
+        elif i >= len(loop):
+            beside += running and bool(EXPONENTIAL.search(instruction))
+    return [beside, sum(map(bool, map(EXPONENTIAL.search, loop)))]
 
 
 def compile_call(call: Call) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from memory_checks import also_given, forget, programs_at_the_ends
 from pyvlm.triton_kernels import attention, loss, moe, norm
-from pyvlm.triton_kernels.attention import Config, Tiles
+from pyvlm.triton_kernels.attention import Config, ForwardTiles, Tiles
 from pyvlm.triton_kernels.common import INTERPRETED
 from torch import Tensor
 
@@ -81,7 +81,8 @@ def spans_of(tokens: int, batch: int = 1, query_start: int = 0) -> AttentionSpan
 def descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether attention reads by descriptors, not by pointers."""
     tiles = Tiles(16, 16, 4, 1)
-    config = Config(tiles, tiles, tiles, decode_rows=0, descriptors=request.param)
+    forward = ForwardTiles(16, 16, 4, 1, deferred=request.param)
+    config = Config(forward, tiles, tiles, decode_rows=0, descriptors=request.param)
     monkeypatch.setattr(attention, "default_config", lambda *_: config)
     return request.param
 

@@ -54,6 +54,15 @@ LISTING = """
 """
 
 
+def test_exponentials_beside_wgmma_are_those_before_it_is_waited_for() -> None:
+    exponential, wait = "MUFU.EX2 R5, R6", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    first, second = "HGMMA.64x64x16.F32.BF16 R24", "HGMMA.64x64x16.F32.BF16 R56"
+    loop = [exponential, first, exponential, "MUFU.RCP R7, R8", wait, exponential, exponential, second]
+    assert ahead_of_time.exponentials_beside_wgmma(loop) == [2, 4]  # the second one runs on in the next round
+    assert ahead_of_time.exponentials_beside_wgmma([*loop, wait]) == [1, 4]
+    assert ahead_of_time.exponentials_beside_wgmma([exponential]) == [0, 1]
+
+
 def test_a_main_loop_is_an_innermost_one_with_matrix_instructions() -> None:
     (loop,) = ahead_of_time.main_loops(LISTING)  # neither the outer loop, nor the wait beyond the end
     assert [line.split()[0] for line in loop] == [

@@ -36,6 +36,13 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class ForwardTiles(Tiles):
+    """Those of the forward, which may add a tile's values one tile later, for wgmma: see `forward_kernel`."""
+
+    deferred: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """Which tiles each kernel takes.
 
@@ -48,7 +55,7 @@ class Config:
         chunk: tiles whose visibility is looked at together; a power of two, at most 32.
     """
 
-    forward: Tiles
+    forward: ForwardTiles
     grad_q: Tiles
     grad_kv: Tiles
     decode_keys: int = 64
@@ -61,39 +68,70 @@ class Config:
 # Chosen so that ahead-of-time compilation spills no registers in a main loop, but in float32 above a head
 # dimension of 128, where a product is three of tf32 (tests/attention/triton_aot.json shows what each takes),
 # and among those for the fewest instructions a score; not yet measured on a GPU. By GPU, then by the largest
-# padded head dimension: forward, grad_q, grad_kv. With wgmma grad_kv of 256 spilled in the tilings tried: it
-# goes without.
+# padded head dimension: forward, grad_q, grad_kv.
+#
+# On Hopper exponentials are made while a product runs (the table counts them), and a tile is loaded two tiles
+# before it is used: Triton asks for the next one at the end of a round, where that would be awaited at once.
+# In the forward of 256 neither fits. With wgmma grad_kv of 256 spilled in the tilings tried: it goes without.
 _BLACKWELL = {
-    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
-    128: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    64: Config(ForwardTiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    128: Config(ForwardTiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
     256: Config(
-        Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 1), decode_rows=32, descriptors=True
+        ForwardTiles(128, 64, 8, 1),
+        Tiles(128, 64, 8, 1),
+        Tiles(64, 64, 8, 1),
+        decode_rows=32,
+        descriptors=True,
     ),
 }
 _HOPPER = {
-    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
-    128: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), descriptors=True),
+    64: Config(
+        ForwardTiles(128, 64, 8, 3, deferred=True),
+        Tiles(128, 128, 8, 3),
+        Tiles(64, 128, 8, 3),
+        descriptors=True,
+    ),
+    128: Config(
+        ForwardTiles(128, 64, 8, 3, deferred=True),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 128, 8, 3),
+        descriptors=True,
+    ),
     256: Config(
-        Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 8, 1), decode_rows=32, descriptors=True
+        ForwardTiles(128, 64, 8, 2),
+        Tiles(128, 32, 8, 3),
+        Tiles(32, 32, 8, 2),
+        decode_rows=32,
+        descriptors=True,
     ),
 }
 _OTHER = {  # within the 99 KiB of shared memory that 8.6 and 8.9 have
-    64: Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
-    128: Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2)),
+    64: Config(ForwardTiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
+    128: Config(ForwardTiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 128, 8, 2)),
     256: Config(
-        Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), decode_keys=32, decode_rows=32
+        ForwardTiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), decode_keys=32, decode_rows=32
     ),
 }
 _FLOAT32 = {
-    64: Config(Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), decode_keys=32),
+    64: Config(ForwardTiles(32, 32, 8, 1), Tiles(16, 32, 4, 1), Tiles(32, 16, 4, 1), decode_keys=32),
     128: Config(
-        Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16, decode_rows=32
+        ForwardTiles(16, 32, 4, 1),
+        Tiles(16, 16, 4, 1),
+        Tiles(16, 16, 4, 1),
+        decode_keys=16,
+        decode_rows=32,
     ),
     256: Config(
-        Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1), decode_keys=16, decode_rows=16
+        ForwardTiles(16, 16, 4, 1),
+        Tiles(16, 16, 4, 1),
+        Tiles(32, 16, 8, 1),
+        decode_keys=16,
+        decode_rows=16,
     ),
 }
-_INTERPRETER = Config(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), descriptors=True)
+_INTERPRETER = Config(
+    ForwardTiles(64, 64, 4, 1, deferred=True), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), descriptors=True
+)
 
 
 def default_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
@@ -159,7 +197,7 @@ def span_attention(
         else:
             tiles = p.config.forward
             arguments = p.arguments(tiles, {"q": p.q, "out": out_rows}, {"k": p.k, "v": p.v}, tiles.keys)
-            arguments |= others | _keys_seen(p, tiles)
+            arguments |= others | _keys_seen(p, tiles) | {"DEFERRED": tiles.deferred}
             launch(forward_kernel, (p.batch * p.heads * arguments["query_tiles"],), tiles, arguments)
     _copy_back((out, out_rows), (stream_out, stream_rows))
     return out, stream_out, lse

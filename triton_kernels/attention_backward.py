@@ -26,6 +26,7 @@ from pyvlm.triton_kernels.attention_tiles import (
     store_tile,
     tile_sets,
     visible,
+    within_range,
 )
 from pyvlm.triton_kernels.common import LOG2E, dot
 
@@ -209,7 +210,7 @@ def grad_q_kernel(
                 )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
                 x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
-                seen_MN = visible(ranges, positions, BOTH, False)
+                seen_MN = visible(ranges, positions, BOTH)
                 p_MN = tl.exp2(tl.where(seen_MN, x_MN * unit - lse_M[:, None], -INFINITY))
                 grad_p_MN = dot(grad_out_MD, v_ND.T, None, PRECISION)
                 grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope(x_MN, SOFTCAP)
@@ -228,6 +229,19 @@ def load_edges(tile_extremes, batch, index, tile_T, query_tiles, RANGES: tl.cons
     hi_min_T = tl.load(pointers + 2 * query_tiles, mask=within_T, other=0)
     hi_max_T = tl.load(pointers + 3 * query_tiles, mask=within_T, other=0)
     return lo_min_T, lo_max_T, hi_min_T, hi_max_T
+
+
+@triton.jit
+def seen_by(range_M, row_blocks, positions, BOTH: tl.constexpr):
+    """Which keys of a tile the queries of `row_ranges` see, [N, M]: one range after the other, because the
+    registers that hold a range are many where a thread has parts of all queries."""
+    lo_M, hi_M = tl.load(range_M), tl.load(range_M + row_blocks * PADDING)
+    seen_NM = within_range(positions[0][:, None], lo_M[None, :], hi_M[None, :])
+    if BOTH:
+        range_1_M = range_M + 2 * row_blocks * PADDING
+        lo_M, hi_M = tl.load(range_1_M), tl.load(range_1_M + row_blocks * PADDING)
+        seen_NM = seen_NM | within_range(positions[1][:, None], lo_M[None, :], hi_M[None, :])
+    return seen_NM
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -291,6 +305,10 @@ def grad_kv_kernel(
 
     Score tiles are transposed, [N, M]: as they stand they are the left operands of dV and dK. Ranges need not
     grow with the query (a token of an image may see only itself), so every query tile is looked at.
+
+    The order is for wgmma, which works on its own: the exponentials are made while dO·v is, and dS while dV
+    is. What is known of each query is read just before it is used: read earlier it would take registers that
+    larger tiles need.
     """
     tl.static_assert(PADDING % BLOCK_M == 0 and PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
@@ -335,12 +353,13 @@ def grad_kv_kernel(
                     grad_out_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True
                 )
                 query_M = first_query + tl.arange(0, BLOCK_M)
-                lse_M, delta_M = tl.load(lse_2 + rows + query_M), tl.load(delta + rows + query_M)
                 product_NM = dot(k_ND, q_MD.T, None, PRECISION)
+                lse_M = tl.load(lse_2 + rows + query_M)
+                grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
                 x_NM, unit = scores(product_NM, factor, cap, SOFTCAP)
                 p_NM = tl.exp2(x_NM * unit - lse_M[None, :])
                 grad_v_ND = dot(p_NM.to(k_ND.dtype), grad_out_MD, grad_v_ND, PRECISION)
-                grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
+                delta_M = tl.load(delta + rows + query_M)
                 grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope(x_NM, SOFTCAP)
                 grad_k_ND = dot(grad_s_NM.to(k_ND.dtype), q_MD, grad_k_ND, PRECISION)
 
@@ -352,22 +371,17 @@ def grad_kv_kernel(
                     grad_out_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True
                 )
                 query_M = first_query + tl.arange(0, BLOCK_M)
-                lse_M, delta_M = tl.load(lse_2 + rows + query_M), tl.load(delta + rows + query_M)
+                product_NM = dot(k_ND, q_MD.T, None, PRECISION)
                 range_M = (
                     row_ranges + padded_row((batch.to(tl.int64) * RANGES + stream) * 2, row_blocks) + query_M
                 )
-                lo_M, hi_M = tl.load(range_M), tl.load(range_M + row_blocks * PADDING)
-                lo_1_M, hi_1_M = lo_M, hi_M
-                if BOTH:
-                    lo_1_M = tl.load(range_M + 2 * row_blocks * PADDING)
-                    hi_1_M = tl.load(range_M + 3 * row_blocks * PADDING)
-                ranges = (lo_M, hi_M, mask, lo_1_M, hi_1_M, mask_1)
-                product_NM = dot(k_ND, q_MD.T, None, PRECISION)
+                seen_NM = seen_by(range_M, row_blocks, positions, BOTH)
+                lse_M = tl.load(lse_2 + rows + query_M)
+                grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
                 x_NM, unit = scores(product_NM, factor, cap, SOFTCAP)
-                seen_NM = visible(ranges, positions, BOTH, True)
                 p_NM = tl.exp2(tl.where(seen_NM, x_NM * unit - lse_M[None, :], -INFINITY))
                 grad_v_ND = dot(p_NM.to(k_ND.dtype), grad_out_MD, grad_v_ND, PRECISION)
-                grad_p_NM = dot(v_ND, grad_out_MD.T, None, PRECISION)
+                delta_M = tl.load(delta + rows + query_M)
                 grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope(x_NM, SOFTCAP)
                 grad_k_ND = dot(grad_s_NM.to(k_ND.dtype), q_MD, grad_k_ND, PRECISION)
     grad_k_at = (grad_k, grad_k_batch, grad_k_head, grad_k_row)

@@ -9,7 +9,7 @@ Letters and terms: see `attention_tiles`; here M are the rows of a tile, X the s
 
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.attention_forward import accumulate
+from pyvlm.triton_kernels.attention_forward import add_values, softmax_step
 from pyvlm.triton_kernels.attention_tiles import (
     INFINITY,
     LN2,
@@ -114,7 +114,8 @@ def decode_kernel(
         product_MN = dot(q_MD, k_ND.T, None, PRECISION)
         x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
         x_MN = tl.where(seen_MN, x_MN, -INFINITY)
-        acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
+        p_MN, shrink_M, max_M, sum_M = softmax_step(x_MN, unit, max_M, sum_M, True)
+        acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
 
     part_M = program.to(tl.int64) * rows + row_M
     tl.store(part_max + part_M, max_M, mask=row_M < rows)

@@ -25,26 +25,23 @@ from pyvlm.triton_kernels.common import LOG2E, dot
 
 
 @triton.jit
-def accumulate(
-    x_MN,
-    unit,
-    v_ND,
-    acc_MD,
-    max_M,
-    sum_M,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the running softmax: scores x · unit in units of log 2, −inf where masked; unit > 0."""
+def softmax_step(x_MN, unit, max_M, sum_M, MASKED: tl.constexpr):
+    """One step of the running softmax: scores x · unit in units of log 2, −inf where masked; unit > 0.
+
+    Returns the tile's exponentials, by what earlier ones shrink, and the new maximum and sum.
+    """
     new_max_M = tl.maximum(max_M, tl.max(x_MN, 1) * unit)
     # A row that has seen nothing yet would be −inf − (−inf).
     base_M = tl.where(new_max_M == -INFINITY, 0.0, new_max_M) if MASKED else new_max_M
     p_MN = tl.exp2(x_MN * unit - base_M[:, None])  # one instruction, where x · unit is not used again
     shrink_M = tl.exp2(max_M - base_M)
-    sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
-    acc_MD = acc_MD * shrink_M[:, None]
-    acc_MD = dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, PRECISION)
-    return acc_MD, new_max_M, sum_M
+    return p_MN, shrink_M, new_max_M, sum_M * shrink_M + tl.sum(p_MN, 1)
+
+
+@triton.jit
+def add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION: tl.constexpr):
+    """What a tile's exponentials add to the output."""
+    return dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * shrink_M[:, None], PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -90,11 +87,17 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    DEFERRED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """out and stream_out [B, H, I, D], lse [B, H, S, I]. Program: a tile of queries of one row and head."""
+    """out and stream_out [B, H, I, D], lse [B, H, S, I]. Program: a tile of queries of one row and head.
+
+    With DEFERRED a tile's exponentials meet its values one tile later, behind the next tile's scores, as in
+    FlashAttention-3 (arXiv 2407.08608): wgmma works on its own, so that this product runs while the next
+    softmax is computed. Otherwise both products wait for the softmax between them.
+    """
     tl.static_assert(PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
     BOTH: tl.constexpr = RANGES == 2 and not SEPARATE  # two ranges under one softmax
@@ -129,6 +132,12 @@ def forward_kernel(
         max_M = tl.zeros([BLOCK_M], tl.float32) + sink
         sum_M = tl.zeros([BLOCK_M], tl.float32) + NOTHING
         acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        if DEFERRED:
+            # What is still to be added: at first nothing, to the values beyond the last key, which are zeros.
+            # In float32: wgmma reads its registers until it is waited for, and rounding gives it new ones.
+            value_key = keys
+            p_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            shrink_M = tl.zeros([BLOCK_M], tl.float32) + 1
         for first_tile in tl.range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N), CHUNK):
             tile_T = first_tile + tl.arange(0, CHUNK)
             present_T = tl.load(classes + tile_T, mask=tile_T < key_tiles, other=0)
@@ -139,24 +148,44 @@ def forward_kernel(
             for _ in tl.range(full_count):
                 first_key = (first_tile + lowest_bit(full)) * BLOCK_N
                 full = full & (full - 1)
+                if not DEFERRED:
+                    value_key = first_key
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
-                v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
+                v_ND = load_tile(
+                    v_at, batch, key_head, value_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, DEFERRED
+                )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
+                if DEFERRED:
+                    acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
+                    value_key = first_key
                 x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
-                acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, False, PRECISION)
+                p_MN, shrink_M, max_M, sum_M = softmax_step(x_MN, unit, max_M, sum_M, False)
+                if not DEFERRED:
+                    acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
 
             for _ in tl.range(partial_count):
                 first_key = (first_tile + lowest_bit(partial)) * BLOCK_N
                 partial = partial & (partial - 1)
+                if not DEFERRED:
+                    value_key = first_key
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
-                v_ND = load_tile(v_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
+                v_ND = load_tile(v_at, batch, key_head, value_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
                 positions = load_positions(
                     key_positions, batch, stream, first_key, key_blocks, RANGES, BOTH, BLOCK_N
                 )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
+                if DEFERRED:
+                    acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
+                    value_key = first_key
                 x_MN, unit = scores(product_MN, factor, cap, SOFTCAP)
-                x_MN = tl.where(visible(ranges, positions, BOTH, False), x_MN, -INFINITY)
-                acc_MD, max_M, sum_M = accumulate(x_MN, unit, v_ND, acc_MD, max_M, sum_M, True, PRECISION)
+                x_MN = tl.where(visible(ranges, positions, BOTH), x_MN, -INFINITY)
+                p_MN, shrink_M, max_M, sum_M = softmax_step(x_MN, unit, max_M, sum_M, True)
+                if not DEFERRED:
+                    acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
+
+        if DEFERRED:
+            v_ND = load_tile(v_at, batch, key_head, value_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
+            acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
 
         # What a full tile gave to an idle query is dropped here.
         max_M = tl.where(idle_M, sink, max_M)

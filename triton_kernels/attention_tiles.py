@@ -164,17 +164,13 @@ def within_range(key, lo, hi):
 
 
 @triton.jit
-def visible(ranges, positions, BOTH: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which query sees which key in a stream: [M, N], or transposed [N, M]. See `load_positions`."""
+def visible(ranges, positions, BOTH: tl.constexpr):
+    """Which query sees which key in a stream, [M, N]. See `load_positions`."""
     lo_M, hi_M, _, lo_1_M, hi_1_M, _ = ranges
-    Q: tl.constexpr = 0 if TRANSPOSED else 1  # where a vector of queries gets its second dimension
-    K: tl.constexpr = 1 if TRANSPOSED else 0
-    key = tl.expand_dims(positions[0], K)
-    seen = within_range(key, tl.expand_dims(lo_M, Q), tl.expand_dims(hi_M, Q))
+    seen_MN = within_range(positions[0][None, :], lo_M[:, None], hi_M[:, None])
     if BOTH:
-        key_1 = tl.expand_dims(positions[1], K)
-        seen = seen | within_range(key_1, tl.expand_dims(lo_1_M, Q), tl.expand_dims(hi_1_M, Q))
-    return seen
+        seen_MN = seen_MN | within_range(positions[1][None, :], lo_1_M[:, None], hi_1_M[:, None])
+    return seen_MN
 
 
 @triton.jit

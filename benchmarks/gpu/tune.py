@@ -82,13 +82,17 @@ FAMILIES = (
 
 
 def neighbours(tiles: Any) -> list[Any]:
-    """Tiles that differ in one number: a side or the warps halved or doubled, a stage less or more."""
+    """Tiles that differ in one field: a side or the warps halved or doubled, a stage less or more, a way of
+    working taken or not."""
     found = []
     for field in fields(tiles):
         name, value = field.name, getattr(tiles, field.name)
-        changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
-        within = (new for new in changed if LEAST.get(name, 16) <= new <= MOST.get(name, 256))
-        found += [replace(tiles, **{name: new}) for new in within]
+        if isinstance(value, bool):
+            found.append(replace(tiles, **{name: not value}))
+        else:
+            changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+            within = (new for new in changed if LEAST.get(name, 16) <= new <= MOST.get(name, 256))
+            found += [replace(tiles, **{name: new}) for new in within]
     return found
 
 

@@ -29,7 +29,7 @@ from attention.test_span_attention import (
 from attention.test_span_attention_invariants import LAYOUTS, assert_all_equal, out_and_grads
 from conformance import Case
 from pyvlm.triton_kernels import attention as triton_attention
-from pyvlm.triton_kernels.attention import Config, Tiles
+from pyvlm.triton_kernels.attention import Config, ForwardTiles, Tiles
 from pyvlm.triton_kernels.common import INTERPRETED
 from tolerance import assert_close
 from torch import Tensor
@@ -48,8 +48,9 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Tiles(16, 16, 4, 1)
-CONFIG = Config(SMALL, SMALL, SMALL, decode_keys=16, decode_rows=0, splits=4, descriptors=True, chunk=2)
-POINTERS = replace(CONFIG, descriptors=False, chunk=4)
+DEFERRED = ForwardTiles(16, 16, 4, 1, deferred=True)
+CONFIG = Config(DEFERRED, SMALL, SMALL, decode_keys=16, decode_rows=0, splits=4, descriptors=True, chunk=2)
+POINTERS = replace(CONFIG, forward=replace(DEFERRED, deferred=False), descriptors=False, chunk=4)
 DECODE = replace(POINTERS, decode_rows=64)
 
 
@@ -82,8 +83,8 @@ def dtypes_and_configs() -> list[object]:
     for i, case in enumerate(SMALL_CASES):
         dtype, config = DTYPES[i % 3], (CONFIG, POINTERS)[i // 3 % 2]
         if case.length > 200:
-            wide = Tiles(64, 32, 4, 1)
-            config = replace(config, forward=wide, grad_q=wide, grad_kv=Tiles(32, 64, 4, 1))
+            forward = replace(config.forward, queries=64, keys=32)
+            config = replace(config, forward=forward, grad_q=Tiles(64, 32, 4, 1), grad_kv=Tiles(32, 64, 4, 1))
         parameters.append(pytest.param(case, dtype, config, id=f"{case.name}-{dtype}"))
     return parameters
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import ahead_of_time
-from attention.triton_aot import CALLS, TABLE, Call
+from attention.triton_aot import CALLS, MAIN_KERNELS, STREAMS, TABLE, Call
 
 pytestmark = ahead_of_time.compiles_ahead_of_time
 
@@ -21,6 +21,17 @@ def test_the_table_is_of_these_kernels() -> None:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.name(call.kernels[0])}")
 def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path, call.spills)
+
+
+@pytest.mark.parametrize("kernel", MAIN_KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_exponentials_are_made_while_wgmma_works(head_dim: int, kernel: str) -> None:
+    """In the loop over full tiles, which is the first; that the table tells the truth is tested above."""
+    rows = json.loads(TABLE.read_text())["kernels"]
+    for streams in STREAMS:
+        row = rows[Call(90, head_dim, streams).name(kernel)]
+        beside, total = row["loop_exponentials_beside_wgmma"][0]
+        assert beside >= 0.8 * total > 0, (streams, row)
 
 
 def specialisations(call: Call, **changed: Any) -> list[tuple[str, str, Any]]:

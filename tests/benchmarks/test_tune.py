@@ -15,7 +15,7 @@ import ahead_of_time
 import triton
 from fusion.loss_cases import LossCase
 from pyvlm.triton_kernels import attention, loss
-from pyvlm.triton_kernels.attention import Tiles
+from pyvlm.triton_kernels.attention import ForwardTiles, Tiles
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu import tune
@@ -26,7 +26,7 @@ CASE = LossCase("few", "", 9, 5, 16, 40)
 LOSS = next(family for family in tune.FAMILIES if family.kernels is loss)
 
 
-def test_neighbours_differ_in_one_number_and_stay_within_bounds() -> None:
+def test_neighbours_differ_in_one_field_and_stay_within_bounds() -> None:
     assert tune.neighbours(Tiles(128, 64, 8, 2)) == [
         *(Tiles(64, 64, 8, 2), Tiles(256, 64, 8, 2)),
         *(Tiles(128, 32, 8, 2), Tiles(128, 128, 8, 2)),
@@ -36,6 +36,7 @@ def test_neighbours_differ_in_one_number_and_stay_within_bounds() -> None:
     assert tune.neighbours(Tiles(16, 256, 4, 1)) == [
         *(Tiles(32, 256, 4, 1), Tiles(16, 128, 4, 1), Tiles(16, 256, 8, 1), Tiles(16, 256, 4, 2)),
     ]
+    assert tune.neighbours(ForwardTiles(16, 16, 4, 1, deferred=True))[-1] == ForwardTiles(16, 16, 4, 1)
 
 
 @pytest.mark.parametrize("family", tune.FAMILIES, ids=lambda family: family.operation.name)
@@ -48,7 +49,7 @@ def test_every_kernels_tiles_are_tried_in_some_case(family: tune.Family) -> None
 
 def test_a_candidate_is_what_the_kernels_run_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "default_config", attention.default_config)  # put back what is replaced
-    config = replace(attention.default_config(64, torch.bfloat16, (9, 0)), forward=Tiles(64, 32, 4, 3))
+    config = replace(attention.default_config(64, torch.bfloat16, (9, 0)), forward=ForwardTiles(64, 32, 4, 3))
     q = torch.empty((1, 2, 256, 64), dtype=torch.bfloat16, device="meta")
     spans = (
         torch.empty((1, 256, 1, 2), dtype=torch.int32, device="meta"),
