@@ -37,7 +37,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class ForwardTiles(Tiles):
-    """Those of the forward, which may add a tile's values one tile later, for wgmma: see `forward_kernel`."""
+    """Those of the forward, which may add a tile's values one tile later: see `forward_kernel`."""
 
     deferred: bool = False
 
@@ -73,9 +73,22 @@ class Config:
 # On Hopper exponentials are made while a product runs (the table counts them), and a tile is loaded two tiles
 # before it is used: Triton asks for the next one at the end of a round, where that would be awaited at once.
 # In the forward of 256 neither fits. With wgmma grad_kv of 256 spilled in the tilings tried: it goes without.
+#
+# On Blackwell the forward has four warps, so that a thread has a row: eight exchange their accumulators by
+# shared memory in every full tile, between 34 barriers (as that of 256 does). Two programs share a processor.
 _BLACKWELL = {
-    64: Config(ForwardTiles(128, 128, 8, 2), Tiles(128, 128, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
-    128: Config(ForwardTiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), descriptors=True),
+    64: Config(
+        ForwardTiles(128, 64, 4, 3, deferred=True),
+        Tiles(128, 128, 8, 2),
+        Tiles(64, 128, 8, 2),
+        descriptors=True,
+    ),
+    128: Config(
+        ForwardTiles(128, 64, 4, 2, deferred=True),
+        Tiles(128, 64, 8, 2),
+        Tiles(64, 128, 8, 2),
+        descriptors=True,
+    ),
     256: Config(
         ForwardTiles(128, 64, 8, 1),
         Tiles(128, 64, 8, 1),
