@@ -72,7 +72,7 @@ class Config:
 #
 # On Hopper exponentials are made while a product runs (the table counts them), and a tile is loaded two tiles
 # before it is used: Triton asks for the next one at the end of a round, where that would be awaited at once.
-# In the forward of 256 neither fits. With wgmma grad_kv of 256 spilled in the tilings tried: it goes without.
+# (In the forward of 256 there is no room for it.)
 #
 # On Blackwell the forward has four warps, so that a thread has a row: eight exchange their accumulators by
 # shared memory in every full tile, between 34 barriers (as that of 256 does). Two programs share a processor.
@@ -99,7 +99,7 @@ _BLACKWELL = {
 }
 _HOPPER = {
     64: Config(
-        ForwardTiles(128, 64, 8, 3, deferred=True),
+        ForwardTiles(128, 128, 8, 3, deferred=True),
         Tiles(128, 128, 8, 3),
         Tiles(64, 128, 8, 3),
         descriptors=True,
@@ -111,9 +111,9 @@ _HOPPER = {
         descriptors=True,
     ),
     256: Config(
-        ForwardTiles(128, 64, 8, 2),
+        ForwardTiles(128, 64, 8, 2, deferred=True),
         Tiles(128, 32, 8, 3),
-        Tiles(32, 32, 8, 2),
+        Tiles(32, 64, 8, 3),
         decode_rows=32,
         descriptors=True,
     ),

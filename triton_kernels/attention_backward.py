@@ -188,7 +188,7 @@ def grad_q_kernel(
             full, full_count, partial, partial_count = tile_sets(
                 edges, edges_1, begin_T, begin_T + BLOCK_N, present_T, mask, mask_1, BOTH, CHUNK
             )
-            for _ in tl.range(full_count):
+            for _ in tl.range(full_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(full)) * BLOCK_N
                 full = full & (full - 1)
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
@@ -200,7 +200,7 @@ def grad_q_kernel(
                 grad_s_MN = p_MN * (grad_p_MN - delta_M[:, None]) * slope(x_MN, SOFTCAP)
                 grad_q_MD = dot(grad_s_MN.to(k_ND.dtype), k_ND, grad_q_MD, PRECISION)
 
-            for _ in tl.range(partial_count):
+            for _ in tl.range(partial_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(partial)) * BLOCK_N
                 partial = partial & (partial - 1)
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
@@ -345,7 +345,7 @@ def grad_kv_kernel(
             full, full_count, partial, partial_count = tile_sets(
                 edges, edges_1, first_key, first_key + BLOCK_N, present, mask, mask_1, BOTH, CHUNK
             )
-            for _ in tl.range(full_count):
+            for _ in tl.range(full_count, disable_licm=DESCRIPTORS):
                 first_query = (first_tile + lowest_bit(full)) * BLOCK_M
                 full = full & (full - 1)
                 q_MD = load_tile(q_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True)
@@ -363,7 +363,7 @@ def grad_kv_kernel(
                 grad_s_NM = p_NM * (grad_p_NM - delta_M[None, :]) * slope(x_NM, SOFTCAP)
                 grad_k_ND = dot(grad_s_NM.to(k_ND.dtype), q_MD, grad_k_ND, PRECISION)
 
-            for _ in tl.range(partial_count):
+            for _ in tl.range(partial_count, disable_licm=DESCRIPTORS):
                 first_query = (first_tile + lowest_bit(partial)) * BLOCK_M
                 partial = partial & (partial - 1)
                 q_MD = load_tile(q_at, batch, head, first_query, queries, BLOCK_M, SHAPE, DESCRIPTORS, True)

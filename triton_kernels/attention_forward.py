@@ -145,7 +145,7 @@ def forward_kernel(
             full, full_count, partial, partial_count = tile_sets(
                 edges, edges_1, begin_T, begin_T + BLOCK_N, present_T, mask, mask_1, BOTH, CHUNK
             )
-            for _ in tl.range(full_count):
+            for _ in tl.range(full_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(full)) * BLOCK_N
                 full = full & (full - 1)
                 if not DEFERRED:
@@ -163,7 +163,7 @@ def forward_kernel(
                 if not DEFERRED:
                     acc_MD = add_values(acc_MD, p_MN, shrink_M, v_ND, PRECISION)
 
-            for _ in tl.range(partial_count):
+            for _ in tl.range(partial_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(partial)) * BLOCK_N
                 partial = partial & (partial - 1)
                 if not DEFERRED:

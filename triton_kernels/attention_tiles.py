@@ -4,7 +4,9 @@ A tile of scores is *empty* where no query of it sees any key of it, *full* wher
 else *partial*. Which it is follows from O(1) numbers a tile: the extremes of its queries' ranges, and the
 classes of its keys. A kernel looks at a chunk of up to 32 tiles at once, as vectors, and makes two bit sets
 of it, the partial tiles and the full ones; its two inner loops then go over set bits, with no branch in them,
-so that Triton can overlap their loads with the arithmetic.
+so that Triton can overlap their loads with the arithmetic. Where descriptors load, there is little to take
+out of these loops, and they keep it inside (`disable_licm`): outside, the compiler holds where each product's
+operands lie in shared memory, in up to 64 registers a thread, which then spills others.
 
 Letters at the end of a name say the shape: M queries of a tile, N keys of a tile, D head dimension (padded to
 a power of two), T tiles of a chunk. Sizes: B batch, H query heads, G key/value heads, I queries, J keys, R

@@ -24,7 +24,7 @@ def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kernel", MAIN_KERNELS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exponentials_are_made_while_wgmma_works(head_dim: int, kernel: str) -> None:
     """In the loop over full tiles, which is the first; that the table tells the truth is tested above."""
     rows = json.loads(TABLE.read_text())["kernels"]

@@ -29,10 +29,7 @@ class Call:
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
-        if self.dtype == torch.float32:
-            return ()
-        # Tiles of grad_kv that wgmma takes leave a head dimension of 256 too few registers.
-        return MAIN_KERNELS if self.head_dim <= 128 or self.architecture != 90 else MAIN_KERNELS[:2]
+        return () if self.dtype == torch.float32 else MAIN_KERNELS
 
     @property
     def spills(self) -> int:
