@@ -26,6 +26,7 @@ class Call:
     dtype: torch.dtype = torch.bfloat16
     queries: int = 4096
     kernels: tuple[str, ...] = MAIN_KERNELS
+    softcap: float = 0.0
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
@@ -38,7 +39,9 @@ class Call:
 
     def name(self, kernel: str) -> str:
         few = "" if self.queries == 4096 else f" I{self.queries}"
-        return f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}{few}"
+        softcap = " softcap" if self.softcap else ""
+        name = f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}"
+        return name + few + softcap
 
     def launches(
         self,
@@ -64,9 +67,9 @@ class Call:
             self.streams == "separate",
         )
         with recorded(attention, self.architecture) as recorded_launches:
-            results = attention.span_attention(q, k, v, *spans, scale, 0.0)
+            results = attention.span_attention(q, k, v, *spans, scale, self.softcap)
             attention.span_attention_backward(
-                torch.empty_like(q), None, q, k, v, *spans, scale, 0.0, None, *results
+                torch.empty_like(q), None, q, k, v, *spans, scale, self.softcap, None, *results
             )
         return recorded_launches
 
@@ -87,6 +90,7 @@ CALLS = (
         for head_dim in (64, 128, 256)
         for streams in STREAMS
     ),
+    *(Call(90, head_dim, "one range", softcap=50.0) for head_dim in (128, 256)),  # as Gemma 2's
     *(Call(architecture, 64, "separate", torch.float32) for architecture in ARCHITECTURES),
     *(Call(90, head_dim, "separate", torch.float32) for head_dim in (128, 256)),
     *(Call(architecture, 128, "separate", kernels=HELPERS) for architecture in ARCHITECTURES),
