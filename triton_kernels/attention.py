@@ -75,7 +75,8 @@ class Config:
 # (In the forward of 256 there is no room for it.)
 #
 # On Blackwell the forward has four warps, so that a thread has a row: eight exchange their accumulators by
-# shared memory in every full tile, between 34 barriers (as that of 256 does). Two programs share a processor.
+# shared memory in every full tile, between 34 barriers (as that of 256 does). Not deferred, four warps would
+# spill. Two programs share a processor.
 _BLACKWELL = {
     64: Config(
         ForwardTiles(128, 64, 4, 3, deferred=True),

@@ -95,8 +95,9 @@ def forward_kernel(
     """out and stream_out [B, H, I, D], lse [B, H, S, I]. Program: a tile of queries of one row and head.
 
     With DEFERRED a tile's exponentials meet its values one tile later, behind the next tile's scores, as in
-    FlashAttention-3 (arXiv 2407.08608): wgmma works on its own, so that this product runs while the next
-    softmax is computed. Otherwise both products wait for the softmax between them.
+    FlashAttention-3 (arXiv 2407.08608): the tensor cores of Hopper and Blackwell work on their own, so that
+    this product runs while the next softmax is computed. Otherwise both products wait for the softmax between
+    them.
     """
     tl.static_assert(PADDING % BLOCK_N == 0)
     STREAMS: tl.constexpr = RANGES if SEPARATE else 1
@@ -148,11 +149,10 @@ def forward_kernel(
             for _ in tl.range(full_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(full)) * BLOCK_N
                 full = full & (full - 1)
-                if not DEFERRED:
-                    value_key = first_key
+                first_value = value_key if DEFERRED else first_key
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, False)
                 v_ND = load_tile(
-                    v_at, batch, key_head, value_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, DEFERRED
+                    v_at, batch, key_head, first_value, keys, BLOCK_N, SHAPE, DESCRIPTORS, DEFERRED
                 )
                 product_MN = dot(q_MD, k_ND.T, None, PRECISION)
                 if DEFERRED:
@@ -166,10 +166,9 @@ def forward_kernel(
             for _ in tl.range(partial_count, disable_licm=DESCRIPTORS):
                 first_key = (first_tile + lowest_bit(partial)) * BLOCK_N
                 partial = partial & (partial - 1)
-                if not DEFERRED:
-                    value_key = first_key
+                first_value = value_key if DEFERRED else first_key
                 k_ND = load_tile(k_at, batch, key_head, first_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
-                v_ND = load_tile(v_at, batch, key_head, value_key, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
+                v_ND = load_tile(v_at, batch, key_head, first_value, keys, BLOCK_N, SHAPE, DESCRIPTORS, True)
                 positions = load_positions(
                     key_positions, batch, stream, first_key, key_blocks, RANGES, BOTH, BLOCK_N
                 )

@@ -238,12 +238,19 @@ def test_expanded_inputs() -> None:
     assert_all_equal(actual, out_and_grads(*(x.contiguous() for x in expanded), spans, "triton"))
 
 
-def test_the_same_bits_in_every_run_and_with_descriptors_or_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [replace(CONFIG, descriptors=False), replace(CONFIG, forward=replace(DEFERRED, deferred=False))],
+    ids=["pointers", "not deferred"],
+)
+def test_the_same_bits_in_every_run_and_in_another_way(
+    other: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = random_qkv(1, 2, 1, 20, 37, 16, torch.bfloat16)
     spans = random_spans(1, 20, 37)
     first, again = (out_and_grads(q, k, v, spans, "triton") for _ in range(2))
     assert_all_equal(again, first)
-    use(monkeypatch, replace(CONFIG, descriptors=False))
+    use(monkeypatch, other)
     assert_all_equal(out_and_grads(q, k, v, spans, "triton"), first)
 
 
