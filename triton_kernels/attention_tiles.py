@@ -229,7 +229,7 @@ def bit_set(flag_T, CHUNK: tl.constexpr):
 @triton.jit
 def lowest_bit(bits):
     """Position of the lowest set bit: the exponent of that power of two as a float, which is exact."""
-    power = (bits & (~bits + 1)).to(tl.float32)
+    power = (bits & (0 - bits)).to(tl.float32)
     return (power.to(tl.int32, bitcast=True) >> 23) - 127
 
 
