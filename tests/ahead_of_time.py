@@ -6,6 +6,7 @@ wheel. Each family has a file of calls, and a table of what their kernels took.
 """
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -36,6 +37,8 @@ TYPES = {
 }
 SCALARS = {"int32": "i32", "int64": "i64", "float32": "fp32"}
 ARCHITECTURES = (80, 90, 100)
+MULTIPROCESSORS = 132  # of the GPU that launches are for
+REGISTERS = 2**16  # of a multiprocessor; a warp has them in eights for each of its 32 threads
 # Bytes that one program may have. 8.6 and 8.9 run what 8.0 does, and have less of it.
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
@@ -59,6 +62,7 @@ compiles_ahead_of_time = [
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
+    grid: tuple[int, ...]
     tiles: Any
     arguments: dict[str, Any]
 
@@ -85,10 +89,10 @@ def recorded(family: ModuleType, architecture: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     replacements = {
         "launch": lambda kernel, grid, tiles, arguments: launches.append(
-            Launch(kernel, tiles, {name: arguments[name] for name in kernel.arg_names})
+            Launch(kernel, grid, tiles, {name: arguments[name] for name in kernel.arg_names})
         ),
         "capability": lambda device: divmod(architecture, 10),
-        "_multiprocessors": lambda device: 132,
+        "multiprocessors": lambda device: MULTIPROCESSORS,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in replacements.keys() & vars(family).keys():
@@ -263,6 +267,20 @@ def check_machine_code(
                 f"{name}: where this is meant, write {table.name} anew, as {type(call).__module__} says, "
                 "and commit it"
             )
+
+
+def check_that_all_programs_run_at_once(call: Call, kernel: str, table: Path, **sizes: int) -> None:
+    """Of a call of such sizes, by the registers and the shared memory in the table.
+
+    Programs that share the rows of a tensor take as long as each other: one more than fit would begin when
+    all others end.
+    """
+    *_, launch = (launch for launch in call.launches(**sizes) if launch.kernel.__name__ == kernel)
+    row = json.loads(table.read_text())["kernels"][call.name(kernel)]
+    registers = -(-row["registers"] // 8) * 8 * 32 * launch.tiles.warps
+    shared = row["shared_bytes"] + 1024  # of which the system takes 1 KiB a program
+    fit = min(REGISTERS // registers, (SHARED_MEMORY[call.architecture] + 1024) // shared)
+    assert math.prod(launch.grid) <= MULTIPROCESSORS * fit, (launch.grid, fit)
 
 
 def specialisations(launches: list[Launch], architecture: int) -> list[tuple[str, str, Any]]:

@@ -159,7 +159,7 @@ def test_rows_of_text(op: Callable[..., Tensor], last_is_image: bool) -> None:
 
 
 def test_rows_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm, "MOST_PROGRAMS", 2**20)  # so that the last ones have the last rows
+    monkeypatch.setattr(norm, "RESIDENT_WARPS", 2**20)  # so that the last ones have the last rows
     x, cotangent = long(32768), long(32768)
     weight = torch.randn(32768).bfloat16()
 

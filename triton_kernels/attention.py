@@ -17,7 +17,15 @@ from pyvlm.triton_kernels.attention_backward import grad_kv_kernel, grad_q_kerne
 from pyvlm.triton_kernels.attention_decode import combine_kernel, decode_kernel
 from pyvlm.triton_kernels.attention_forward import forward_kernel
 from pyvlm.triton_kernels.attention_tiles import PADDING, summarise_keys, summarise_queries
-from pyvlm.triton_kernels.common import DTYPES, PRECISION, capability, cdiv, launch, next_power_of_2
+from pyvlm.triton_kernels.common import (
+    DTYPES,
+    PRECISION,
+    capability,
+    cdiv,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+)
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -222,7 +230,7 @@ def _decode(p: "_Problem", out: Tensor, others: dict[str, Any]) -> None:
     rows = p.streams * p.group * p.queries
     tiles = Tiles(max(16, next_power_of_2(rows)), p.config.decode_keys, 4, 3)
     key_tiles = max(1, cdiv(p.keys, tiles.keys))
-    wanted = cdiv(2 * _multiprocessors(out.device), max(1, p.batch * p.key_heads))
+    wanted = cdiv(2 * multiprocessors(out.device), max(1, p.batch * p.key_heads))
     split_tiles = cdiv(key_tiles, min(wanted, p.config.splits))
     splits = cdiv(key_tiles, split_tiles)
     parts = (p.batch, p.key_heads, splits, rows)
@@ -468,7 +476,3 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return tuple(
         stride if size > 1 else longest for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

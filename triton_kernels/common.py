@@ -35,6 +35,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on the CPU, where Triton interprets, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b, on top of acc where there is one."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyvlm.triton_kernels.common import DTYPES, cdiv, launch, next_power_of_2
+from pyvlm.triton_kernels.common import DTYPES, cdiv, launch, multiprocessors, next_power_of_2
 from pyvlm.triton_kernels.fusion_levels import merge_backward_kernel, merge_kernel, table_kernel
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class Config:
 
     Attributes:
         forward, backward: their tiles.
-        programs: of the backward, at most so many a group. Each leaves a row of its own for every sum.
+        programs: of the backward, so many on a multiprocessor at most. Each leaves rows of its own of sums.
         levels: projections of their own are taken so many at once.
     """
 
@@ -58,11 +58,14 @@ def default_config(channels: int, sums_of_levels: bool) -> Config:
     what each takes), and to take few instructions: 9 a value forward and 15 backward with 1,024 channels in
     bfloat16, where an H200 has time for 12 and 25 while it reads and writes; not yet measured on a GPU.
     A warp or two to a row keep sums over a row among few threads. Sums of levels are read and written once a
-    tile: then more rows share that, and fewer programs leave the sums in the L2 cache.
+    tile: then more rows share that. All programs of the backward run at once, or the last of them would have
+    the GPU to themselves, and too few loads in flight for its memory: 8 warps fit a multiprocessor whatever
+    registers they take, and 12 of those that share a row in twos (the table shows 168 registers).
     """
     columns = next_power_of_2(max(channels, 1))
     backward = _tiles(columns, 4, 32) if sums_of_levels else _tiles(columns, 2, 16)
-    return Config(_tiles(columns, 1, 32), backward, programs=256 if sums_of_levels else 1024)
+    resident_warps = 12 if backward.warps <= 2 else 8
+    return Config(_tiles(columns, 1, 32), backward, programs=max(1, resident_warps // backward.warps))
 
 
 def _tiles(columns: int, warps: int, values: int) -> Tiles:
@@ -189,12 +192,13 @@ def _sums_over_rows(
     """
     tiles = p.config.backward
     row_tiles = p.row_tiles(tiles)
-    tiles_each = cdiv(row_tiles, p.config.programs)
-    programs = cdiv(row_tiles, max(tiles_each, 1))
+    resident = p.config.programs * multiprocessors(grad_out.device)
     sums: tuple[list[Tensor], ...] = ([], [], [])
     with torch.cuda.device_of(grad_out):
         table = p.table(grad_levels)
         for first, depth, groups in p.chunks():
+            tiles_each = cdiv(row_tiles, max(1, resident // groups))
+            programs = cdiv(row_tiles, max(tiles_each, 1))
             grad_merged = merged = None
             if grad_levels or any(wanted):
                 grad_merged = torch.bmm(grad_out.expand(groups, -1, -1), p.weight[first : first + groups])

@@ -3,8 +3,8 @@
 Shapes: R rows, the dimensions before the channels as they lie in memory · C channels. A name's last letters M
 and N mean some rows of a tensor [R, C] and its channels, padded to a power of two.
 
-A row is read once and stays in registers; all is computed in fp32 and rounded once. A fixed number of
-programs sum the gradient of the weight, in a fixed order and without atomics.
+A row is read once and stays in registers; all is computed in fp32 and rounded once. As many programs as a GPU
+runs at once sum the gradient of the weight, in a fixed order and without atomics.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from pyvlm.triton_kernels.common import cdiv, launch, load_rows_within, next_power_of_2, store_rows
+from pyvlm.triton_kernels.common import (
+    cdiv,
+    launch,
+    load_rows_within,
+    multiprocessors,
+    next_power_of_2,
+    store_rows,
+)
 from torch import Tensor
 
 # Arguments that differ from call to call. Triton would compile anew where one of them becomes 1 or stops
@@ -33,7 +40,9 @@ class Tiles:
 
 NUMBERS = 1024  # of a tile where a row has fewer: a head's channels; not yet measured on a GPU
 NUMBERS_OF_A_WARP = 512  # 16 a thread
-MOST_PROGRAMS = 512  # that share a gradient of the weight: 4 on each of 128 multiprocessors
+# Of a multiprocessor, that share a gradient of the weight: with up to 80 registers a thread all of them run
+# at once. The last of more would have the GPU to themselves, and too few loads in flight for its memory.
+RESIDENT_WARPS = 24
 
 
 @triton.jit
@@ -133,7 +142,9 @@ def rms_norm_backward(
     """The op `pyvlm::rms_norm_backward`: gradients of x and weight, empty unless wanted."""
     layout = _like(x, torch.device("meta"))
     grad_x = torch.empty_like(layout, device=x.device) if want_x else None
-    programs = min(MOST_PROGRAMS, cdiv(x.numel(), max(x.shape[-1], 1) * _tiles(x).rows))
+    tiles = _tiles(x)
+    resident = multiprocessors(x.device) * max(1, RESIDENT_WARPS // tiles.warps)
+    programs = min(resident, cdiv(x.numel(), max(x.shape[-1], 1) * tiles.rows))
     sums = want_weight and weight is not None
     partial = x.new_empty((programs, x.shape[-1]), dtype=torch.float32) if sums else None
     arguments = {

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("alpha", "weight", "bias", "ln_weight", "ln_bias")
 LETTERS = dict(zip(NAMES[1:], "wbgn", strict=True))
 # The last tile is not full, a program has several tiles, and there are several chunks of projections.
-CONFIG = Config(forward=Tiles(8, 1), backward=Tiles(4, 1), programs=2, levels=2)
+CONFIG = Config(forward=Tiles(8, 1), backward=Tiles(4, 1), programs=4, levels=2)
 ALL = [True] * 6
 
 
@@ -44,6 +44,11 @@ def levels_are_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fusion._Problem, "table", told)
     yield
     memory_checks.forget()
+
+
+@pytest.fixture(autouse=True)
+def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "multiprocessors", lambda device: 1)
 
 
 @dataclass

@@ -39,7 +39,8 @@ def test_sizes(shape: tuple[int, ...]) -> None:
 
 
 def test_programs_that_take_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm, "MOST_PROGRAMS", 3)
+    monkeypatch.setattr(norm, "RESIDENT_WARPS", 1)
+    monkeypatch.setattr(norm, "multiprocessors", lambda device: 3)
     assert_right(torch.randn(61, 300), torch.randn(300), backend="triton")
 
 

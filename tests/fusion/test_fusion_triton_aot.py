@@ -11,6 +11,7 @@ import ahead_of_time
 from fusion.fusion_triton_aot import CALLS, TABLE, Call
 
 pytestmark = ahead_of_time.compiles_ahead_of_time
+BACKWARD = "merge_backward_kernel"
 
 
 def test_the_table_is_of_these_kernels() -> None:
@@ -21,6 +22,13 @@ def test_the_table_is_of_these_kernels() -> None:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.name(call.kernels[0])}")
 def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if BACKWARD in call.kernels], ids=lambda call: call.name(BACKWARD)
+)
+def test_programs_that_share_the_rows_run_at_once(call: Call) -> None:
+    ahead_of_time.check_that_all_programs_run_at_once(call, BACKWARD, TABLE, images=64)
 
 
 def specialisations(call: Call, **changed: Any) -> list[tuple[str, str, Any]]:

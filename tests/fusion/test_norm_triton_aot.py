@@ -23,6 +23,11 @@ def test_machine_code(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ahead_of_time.check_machine_code(call, TABLE, monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name("all"))
+def test_programs_that_share_the_rows_run_at_once(call: Call) -> None:
+    ahead_of_time.check_that_all_programs_run_at_once(call, "rms_norm_backward_kernel", TABLE, tokens=2**20)
+
+
 def specialisations(call: Call, **changed: Any) -> list[tuple[str, str, Any]]:
     return ahead_of_time.specialisations(call.launches(**changed), call.architecture)
 

@@ -119,7 +119,7 @@ def test_norms_and_gates_keep_no_more_than_they_were_given(device: torch.device)
     def train_gate() -> tuple[Tensor, ...]:
         return torch.autograd.grad(gated_activation(gate, up), (gate, up), cotangent)
 
-    # What comes out, and the gradients; the norm's programs share 512 rows of float32.
+    # What comes out, and the gradients; the norm's programs share up to 512 rows of float32.
     assert_peak(device, train_norm, 2 * x.nbytes + 4 * 512 * channels + 2 * MEGABYTE)
     assert_peak(device, train_gate, 3 * x.nbytes + 2 * MEGABYTE)
 
