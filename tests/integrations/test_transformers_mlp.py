@@ -181,6 +181,19 @@ def test_without_gradients_tokens_go_through_in_pieces(make: Make, shape: tuple[
     assert len(sizes) == 1  # for a gradient all is kept anyway
 
 
+@both
+def test_elsewhere_than_on_the_cpu_all_tokens_go_through_at_once(make: Make) -> None:
+    module = make()
+    MLPS.apply(module)
+    module.to("meta")
+    sizes: list[int] = []
+    project = module._project
+    module._project = lambda x, *layers: sizes.append(x.shape[0]) or project(x, *layers)
+    with torch.no_grad():
+        module(torch.empty(2 * PIECE + 1, 24, device="meta"))
+    assert sizes == [2 * PIECE + 1]
+
+
 @pytest.mark.parametrize(("make", "name"), [(make, "up_proj"), (make_plain, "fc1")], ids=["gated", "plain"])
 @pytest.mark.parametrize("watch", ["register_forward_hook", "register_forward_pre_hook"])
 def test_a_projection_that_is_watched_is_called_once(watch: str, make: Make, name: str) -> None:

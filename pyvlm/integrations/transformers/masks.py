@@ -20,8 +20,9 @@ from pyvlm import _native
 from pyvlm.spans import EVERY_CLASS, IMAGE, PADDING, TEXT, AttentionSpans
 
 # Dense rows are looked at in pieces of 2 MB of bool: as fast as all of 2,436 x 2,436 at once, and the peak is
-# 6 MB in place of 17; with 512 KB it takes up to 1.1 times as long.
-PIECE = 1 << 21
+# 6 MB in place of 17; with 512 KB it takes up to 1.1 times as long. On an accelerator each piece is some
+# thirty launches, whatever its size: 32 MB, where 8,192 x 8,192 are two of them (not yet measured on a GPU).
+PIECE, ACCELERATORS_PIECE = 1 << 21, 1 << 25
 JOINT = {1: (EVERY_CLASS,), 2: (EVERY_CLASS, 1 << IMAGE)}
 
 
@@ -204,7 +205,8 @@ def _find_ranges(rows: Callable[[int, int], Tensor], queries: int, real: Tensor)
     traced = torch.compiler.is_compiling()
     readable = real.device.type == "cpu" and not traced
     mask_runs = torch.ops.pyvlm.mask_runs if readable and _native.C is not None else mask_runs_torch
-    step = max(queries if traced else PIECE // max(1, batch * keys), 1)
+    piece = PIECE if real.device.type == "cpu" else ACCELERATORS_PIECE
+    step = max(queries if traced else piece // max(1, batch * keys), 1)
     pieces = [mask_runs(rows(start, min(start + step, queries))) for start in range(0, max(queries, 1), step)]
     bounds, rest, count = (torch.cat(parts, 1) for parts in list(zip(*pieces, strict=True))[:3])
     beyond = torch.stack([piece[3] for piece in pieces]).any(0)
