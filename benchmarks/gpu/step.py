@@ -76,7 +76,8 @@ class Step:
     def __init__(self, kind: str, context: "Context") -> None:
         import transformers
 
-        import pyvlm.integrations.transformers  # noqa: F401  makes experts_implementation="pyvlm" known
+        # Its package makes experts_implementation="pyvlm" known.
+        from pyvlm.integrations.transformers import mlp, norms
 
         tiny, device = context.dry_run, context.device
         sizes = (64, 128, 2, 2) if tiny else (2048, 5504, 12 if kind == "moe-llava" else 24, 16)
@@ -104,6 +105,7 @@ class Step:
                 self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
         self.model.to(torch.bfloat16).set_attn_implementation("measured")
         self.attend: Attend | None = None
+        self.layers, self.served = (mlp.MLPS.apply, norms.apply), []
         row = DIALOGUE[0] if not tiny else "t8 i16 t9 i16 t15"
         rule = "mmca" if kind == "llava-mmca" else "causal"
         case = AttentionCase(kind, "", rule, (row,) * 2)
@@ -125,15 +127,26 @@ class Step:
     ) -> tuple[Tensor, None]:
         return self.attend(q, k, v, scaling).transpose(1, 2).contiguous(), None
 
-    def loss(self, attend: Attend, experts: str | None, fused_loss: bool) -> Tensor:
+    def loss(self, attend: Attend, experts: str | None, own: bool) -> Tensor:
+        """By an attention, an implementation of experts, and pyvlm's norms, MLPs and loss or the model's."""
         self.attend = attend
+        self._serve_layers(own)
         if experts is not None:
             self.model.set_experts_implementation(experts)
-        if not fused_loss:
+        if not own:
             return self.model(inputs_embeds=self.embeddings, labels=self.labels, use_cache=False).loss
         hidden = self.model.model(inputs_embeds=self.embeddings, use_cache=False).last_hidden_state
         labels = F.pad(self.labels, (0, 1), value=-100)[:, 1:]  # shifted, as the model does
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, labels.flatten())
+
+    def _serve_layers(self, own: bool) -> None:
+        if own and not self.served:
+            self.served = [change for apply in self.layers for change in apply(self.model)]
+        elif not own:
+            for change in self.served:
+                if change.undo is not None:
+                    change.undo()
+            self.served = []
 
     def run(self, loss: Callable[[], Tensor]) -> None:
         loss().backward()
