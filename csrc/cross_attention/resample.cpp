@@ -11,8 +11,7 @@
 namespace pyvlm {
 namespace {
 
-// Torch's own products and attention on CUDA; on CPU ours, through the dispatcher and so with their
-// gradients.
+// Torch's own on CUDA; on CPU ours, through the dispatcher and so with its gradient.
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   if (!x.is_cpu()) {
     return at::linear(x, weight, bias);
@@ -23,11 +22,13 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight, const std::opt
   return op.call(x, weight, bias);
 }
 
-// Every query sees every key. 256 queries of 1024 keys in 32 heads took torch's attention 2.4 times as long
-// in fp32 and 4.9 times in bf16.
+// Every query sees every key. On CPU 256 queries of 1024 keys in 32 heads took torch's attention 2.4 times as
+// long in fp32 and 4.9 times in bf16; on CUDA the gradient of torch's adds by atomics, in another order each
+// time. For what ours does not take there, torch's is made of products.
+constexpr int64_t kMaxHeadDim = 256;  // of the Triton kernels, which have no float64 either
 at::Tensor attend(const at::Tensor& q_NAQD, const at::Tensor& k_NATD, const at::Tensor& v_NATD, int64_t D) {
   const c10::SymInt tokens = k_NATD.sym_size(2);
-  if (!q_NAQD.is_cpu()) {
+  if (!q_NAQD.is_cpu() && (q_NAQD.scalar_type() == at::kDouble || D > kMaxHeadDim)) {
     return at::scaled_dot_product_attention(q_NAQD, k_NATD, v_NATD);
   }
   const auto int32 = q_NAQD.options().dtype(at::kInt);

@@ -103,8 +103,8 @@ def resample(
     """One cross-attention of learned queries to a map, with positions on queries and keys but not on values.
 
     Source: "Qwen-VL" (arXiv 2308.12966), the position-aware adapter. `features` and `query` come normalised;
-    the query projection is the same for every image, and made once. The native op is made of `linear` and
-    `span_attention` on CPU and of torch's own on CUDA.
+    the query projection is the same for every image, and made once. The native op is made of `linear`
+    and `span_attention`, on CUDA of torch's own products and `span_attention`.
 
     Args:
         features: [N, T, E].
@@ -128,6 +128,8 @@ def resample(
     shapes.check("in_proj_weight", in_proj_weight, ("3E", "E")).check("in_proj_bias", in_proj_bias, ("3E",))
     shapes.check("out_proj_weight", out_proj_weight, ("E", "E")).check("out_proj_bias", out_proj_bias, "E")
     native = resolve("resample", backend, features.device) == "native"
+    if features.is_cuda:  # there attention is Triton's
+        native = native and resolve("span_attention", "auto", features.device) != "reference"
     run = torch.ops.pyvlm.resample if native else reference.resample
     y: Tensor = run(
         features,

@@ -7,18 +7,22 @@ import torch
 from attention.cases import PADDED, AttentionCase
 from fusion.cross_attention_cases import LocalCase
 from fusion.fusion_cases import MergeCase
+from fusion.grid_cases import GridCase
 from fusion.loss_cases import LossCase
 from fusion.placement_cases import PlacementCase
+from fusion.resample_cases import ResampleCase
 from torch import Tensor
 
 from pyvlm.ops import (
     add_at_image_tokens,
     expert_choice,
     expert_mlp,
+    fuse_grids,
     gated_activation,
     linear_cross_entropy,
     local_cross_attention,
     merge_levels,
+    patches_to_token,
     rms_norm,
     span_attention,
     token_choice,
@@ -147,6 +151,42 @@ def local_call(device: torch.device, dtype: torch.dtype) -> OpCall:
     return OpCall("local_cross_attention", run, leaves, "local_cross_attention")
 
 
+def grids_call(device: torch.device, dtype: torch.dtype, mode: str) -> OpCall:
+    """One map is resized and then projected, one the other way round, and one passes as it is."""
+    case = GridCase("call", "", 2, ((5, 7), (3, 2), (4, 4)), (20, 60, 30), (4, 4), 40, mode)
+    leaves = tuple(x.to(device) for x in (*case.features(dtype), *case.projection(dtype)))
+
+    def run(*leaves: Tensor) -> Tensor:
+        *features, weight, bias = leaves
+        return fuse_grids(features, case.grids, case.target, weight, bias, mode)
+
+    return OpCall("fuse_grids", run, leaves, f"fuse_grids {mode}")
+
+
+def patches_call(device: torch.device, dtype: torch.dtype) -> OpCall:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, 12, 20), (2, 8, 30), (40, 60), (40, 60), (40,), (40,))
+    leaves = tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+
+    def run(*leaves: Tensor) -> Tensor:
+        return patches_to_token(leaves[:2], leaves[2:4], (3, 2), leaves[4:])
+
+    return OpCall("patches_to_token", run, leaves, "patches_to_token")
+
+
+def resample_call(device: torch.device, dtype: torch.dtype) -> OpCall:
+    """A composition, whose kernels are those of attention."""
+    case = ResampleCase("call", "", 2, 7, 3, 64, 4, 40)
+    module = case.module().to(device, dtype)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(features: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (features,))
+
+    leaves = (case.features().to(device, dtype), *(p.detach() for p in module.parameters()))
+    return OpCall("span_attention", run, leaves, "resample")
+
+
 def gating_call(device: torch.device, dtype: torch.dtype, gated: bool = True) -> OpCall:
     generator = torch.Generator().manual_seed(3)
     gate, up = torch.randn(2, 90, 2 * 130, generator=generator).to(device, dtype).chunk(2, dim=-1)
@@ -176,6 +216,10 @@ CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
     "pack_image_tokens": lambda device, dtype: placement_call(device, dtype, "pack"),
     "add_at_image_tokens": lambda device, dtype: placement_call(device, dtype, "add"),
     "local_cross_attention": local_call,
+    "fuse_grids bilinear": lambda device, dtype: grids_call(device, dtype, "bilinear"),
+    "fuse_grids area": lambda device, dtype: grids_call(device, dtype, "area"),
+    "patches_to_token": patches_call,
+    "resample": resample_call,
     "gated_activation": gating_call,
     "gated_activation without a gate": lambda device, dtype: gating_call(device, dtype, gated=False),
     "rms_norm": norm_call,
