@@ -27,10 +27,10 @@ SCHEMA = 1
 SHARES = {
     "build": 180,
     "limits": 10,
-    "tests": 105,
-    "attention": 75,
+    "tests": 100,
+    "attention": 70,
     "moe": 35,
-    "fusion": 15,
+    "fusion": 25,
     "loss": 15,
     "placement": 15,
     "layers": 10,

@@ -1,11 +1,14 @@
 """The sizes that are measured on a GPU; what is most wanted comes first, for a part may run out of time."""
 
 from attention.cases import DIALOGUE, AttentionCase
+from fusion.cross_attention_cases import LocalCase
 from fusion.fusion_cases import MergeCase
 from fusion.gating_cases import GatingCase
+from fusion.grid_cases import GridCase
 from fusion.loss_cases import LossCase
 from fusion.norm_cases import NormCase
 from fusion.placement_cases import PlacementCase
+from fusion.resample_cases import ResampleCase
 from moe.cases import ExpertCase
 
 from benchmarks.routing import RoutingCase
@@ -71,6 +74,15 @@ FUSION = (
     MergeCase("comm-clip-l-per-level", "the same, each with its projection", 24, 16, 576, 1024, 1024, "wbgn",
               large=True),
 )  # fmt: skip
+
+WINDOWS = (
+    LocalCase("cambrian", "Cambrian-1's four encoders", 16, 16, 64, (24, 24), (1, 1, 1, 4), large=True),
+)  # fmt: skip
+GRIDS = (
+    GridCase("eagle", "CLIP, ConvNeXt and SAM", 16, ((24, 24), (32, 32), (16, 16)), (1024, 1536, 256),
+             (32, 32), 2048, align_corners=True, large=True),
+)  # fmt: skip
+RESAMPLE = (ResampleCase("qwen-vl", "Qwen-VL's, 16 images", 16, 32, 16, 4096, 32, 1664, large=True),)
 
 LOSS = (
     LossCase("15-percent", "Qwen2's vocabulary, 15 % of rows supervised", 8192, 1229, 2048, 151_936,

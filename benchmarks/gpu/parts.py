@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, gating, loss, moe, norm, placement, routing
+from benchmarks import (
+    attention,
+    cross_attention,
+    fusion,
+    gating,
+    grids,
+    loss,
+    moe,
+    norm,
+    placement,
+    resample,
+    routing,
+)
 from benchmarks.gpu import cases, step, tune
 from benchmarks.gpu.peers import with_peers
 from benchmarks.harness.limits import COPY, GEMM, limits
@@ -132,7 +144,12 @@ PARTS: dict[str, tuple[Job, ...]] = {
         *(Job(case.name, partial(run_experts, case)) for case in cases.EXPERTS),
         *_of_family(routing.OPERATION, routing.workload, cases.ROUTING),
     ),
-    "fusion": _of_family(fusion.OPERATION, fusion.workload, cases.FUSION),
+    "fusion": (
+        *_of_family(fusion.OPERATION, fusion.workload, cases.FUSION),
+        *_of_family(cross_attention.OPERATION, cross_attention.workload, cases.WINDOWS),
+        *_of_family(grids.OPERATION, grids.workload, cases.GRIDS),
+        *_of_family(resample.OPERATION, resample.workload, cases.RESAMPLE),
+    ),
     "loss": _of_family(loss.OPERATION, loss.workload, cases.LOSS),
     "placement": _of_family(placement.OPERATION, placement.workload, cases.PLACEMENT),
     "layers": (

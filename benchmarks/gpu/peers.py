@@ -11,6 +11,7 @@ from attention.plain import plain_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import grids, resample, routing
 from benchmarks.harness.workload import Function, Operation, Provider, Unavailable, Workload
 
 _MOST_SCORES = 8 * 2**30  # bytes of one dense matrix of scores that the compiled eager form may make
@@ -93,6 +94,17 @@ def _compiled_glue(work: Workload) -> Function:
     return torch.compile(_glue(work))
 
 
+def _compiled(operation: Operation, name: str) -> Provider:
+    """One of an op's peers, compiled."""
+    (eager,) = (provider for provider in operation.providers if provider.name == name)
+
+    def build(work: Workload) -> Function:
+        torch.compiler.reset()
+        return torch.compile(eager.build(work))
+
+    return Provider("compile", build)
+
+
 def _liger(work: Workload) -> Function:
     if work.device.type != "cuda":
         raise Unavailable("it runs on CUDA tensors only")
@@ -111,5 +123,8 @@ _PEERS: dict[str, tuple[Provider, ...]] = {
         Provider("compile", _compiled_attention),
     ),
     "moe": (Provider("glue", _glue), Provider("compile", _compiled_glue)),
+    "routing": (_compiled(routing.OPERATION, "topk"),),
+    "grids": (_compiled(grids.OPERATION, "concatenated"),),
+    "resample": (_compiled(resample.OPERATION, "eager"),),
     "loss": (Provider("liger", _liger),),
 }

@@ -7,24 +7,26 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from pyvlm.triton_kernels import attention as attention_kernels
+from pyvlm.triton_kernels import fusion as fusion_kernels
 from pyvlm.triton_kernels import loss as loss_kernels
 from pyvlm.triton_kernels import moe as moe_kernels
 from pyvlm.triton_kernels.common import capability
 
-from benchmarks import attention, loss, moe
+from benchmarks import attention, fusion, loss, moe
 from benchmarks.gpu import cases
 from benchmarks.harness.run import TIMED, Record, Settings, measure, run_pass
 from benchmarks.harness.workload import FORWARD, TRAINING, Function, Operation, Provider, Workload
 
-LEAST = {"stages": 1, "warps": 4}  # of other numbers of a tile: 16
-MOST = {"stages": 5, "warps": 8}  # else 256
+# Of the numbers of a tile; of those that are not named 16 and 256.
+PRODUCTS = {"stages": (1, 5), "warps": (4, 8)}
+ROWS = {"rows": (1, 64), "warps": (1, 16), "stages": (1, 1)}  # tiles of whole rows
 QUICK_NEIGHBOURS = 2  # of a dry run
 
 
@@ -36,6 +38,7 @@ class Family:
         kernels: its module has `default_config` and `launch`.
         config: its default tiles for a case and a workload of it.
         passes: by each kernel's field of the config, the pass in which it runs.
+        bounds: the least and the most that a number of a tile may be.
     """
 
     kernels: ModuleType
@@ -44,6 +47,7 @@ class Family:
     cases: tuple[Any, ...]
     config: Callable[[Any, Workload], Any]
     passes: dict[str, str]
+    bounds: dict[str, tuple[int, int]] = field(default_factory=lambda: PRODUCTS)
 
 
 def _named(sizes: tuple[Any, ...], *names: str) -> tuple[Any, ...]:
@@ -71,6 +75,15 @@ FAMILIES = (
         | dict.fromkeys(("grad_hidden", "grad_rows", "grad_matrix"), TRAINING),
     ),
     Family(
+        fusion_kernels,
+        fusion.OPERATION,
+        fusion.workload,
+        _named(cases.FUSION, "comm-clip-l"),
+        lambda case, work: fusion_kernels.default_config(case.channels, "g" in case.per_level),
+        {"forward": FORWARD, "backward": TRAINING},
+        ROWS,
+    ),
+    Family(
         loss_kernels,
         loss.OPERATION,
         loss.workload,
@@ -81,23 +94,27 @@ FAMILIES = (
 )
 
 
-def neighbours(tiles: Any) -> list[Any]:
+def neighbours(tiles: Any, bounds: dict[str, tuple[int, int]] = PRODUCTS) -> list[Any]:
     """Tiles that differ in one field: a side or the warps halved or doubled, a stage less or more, a way of
-    working taken or not."""
+    working taken or not; and those of a side doubled for a stage less, which fit where both do not."""
     found = []
-    for field in fields(tiles):
-        name, value = field.name, getattr(tiles, field.name)
+    for name in (each.name for each in fields(tiles)):
+        value = getattr(tiles, name)
         if isinstance(value, bool):
             found.append(replace(tiles, **{name: not value}))
         else:
             changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
-            within = (new for new in changed if LEAST.get(name, 16) <= new <= MOST.get(name, 256))
-            found += [replace(tiles, **{name: new}) for new in within]
+            least, most = bounds.get(name, (16, 256))
+            within = (new for new in changed if least <= new <= most)
+            for new in within:
+                found.append(replace(tiles, **{name: new}))
+                if name not in ("stages", "warps") and new > value and tiles.stages > bounds["stages"][0]:
+                    found.append(replace(tiles, **{name: new, "stages": tiles.stages - 1}))
     return found
 
 
 def label(tiles: Any) -> str:
-    return " ".join(f"{field.name} {getattr(tiles, field.name)}" for field in fields(tiles))
+    return " ".join(f"{each.name} {getattr(tiles, each.name)}" for each in fields(tiles))
 
 
 @contextmanager
@@ -135,18 +152,18 @@ def search(
     """A record a round: candidates for one kernel beside the best so far, the others' tiles as they are."""
     config = family.config(case, work)
     (ours, *_) = family.operation.providers
-    for field, name in family.passes.items():
+    for kernel, name in family.passes.items():
         if name not in work.costs:
             continue
         of_pass = replace(work, costs={name: work.costs[name]})
-        best, tried = getattr(config, field), set()
-        while candidates := [tiles for tiles in neighbours(best) if tiles not in tried]:
+        best, tried = getattr(config, kernel), set()
+        while candidates := [tiles for tiles in neighbours(best, family.bounds) if tiles not in tried]:
             if dry_run:
                 candidates = candidates[:QUICK_NEIGHBOURS]
             if time.monotonic() > deadline:
                 return
             functions = {
-                tiles: with_config(family.kernels, replace(config, **{field: tiles}), ours.build(work))
+                tiles: with_config(family.kernels, replace(config, **{kernel: tiles}), ours.build(work))
                 for tiles in (best, *candidates)
             }
             if work.device.type == "cuda":
@@ -158,7 +175,7 @@ def search(
                 for tiles, function in functions.items()
             )
             (record,) = measure(family.operation, of_pass, providers, settings)
-            yield record | {"op": f"tiles of {record['op']}", "case": f"{record['case']} {field}"}
+            yield record | {"op": f"tiles of {record['op']}", "case": f"{record['case']} {kernel}"}
             tried |= functions.keys()
             seconds = {
                 tiles: record["providers"][label(tiles)]["median_s"]
@@ -169,7 +186,7 @@ def search(
             if fastest == best or dry_run:
                 break
             best = fastest
-        config = replace(config, **{field: best})
+        config = replace(config, **{kernel: best})
 
 
 def run(

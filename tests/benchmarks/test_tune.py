@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import ahead_of_time
 import triton
 from fusion.loss_cases import LossCase
-from pyvlm.triton_kernels import attention, loss
+from pyvlm.triton_kernels import attention, fusion, loss
 from pyvlm.triton_kernels.attention import ForwardTiles, Tiles
 from triton.backends.compiler import GPUTarget
 
@@ -26,10 +26,10 @@ CASE = LossCase("few", "", 9, 5, 16, 40)
 LOSS = next(family for family in tune.FAMILIES if family.kernels is loss)
 
 
-def test_neighbours_differ_in_one_field_and_stay_within_bounds() -> None:
+def test_neighbours_differ_in_one_field_or_give_a_stage_for_a_side_and_stay_within_bounds() -> None:
     assert tune.neighbours(Tiles(128, 64, 8, 2)) == [
-        *(Tiles(64, 64, 8, 2), Tiles(256, 64, 8, 2)),
-        *(Tiles(128, 32, 8, 2), Tiles(128, 128, 8, 2)),
+        *(Tiles(64, 64, 8, 2), Tiles(256, 64, 8, 2), Tiles(256, 64, 8, 1)),
+        *(Tiles(128, 32, 8, 2), Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 1)),
         Tiles(128, 64, 4, 2),
         *(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 3)),
     ]
@@ -37,6 +37,9 @@ def test_neighbours_differ_in_one_field_and_stay_within_bounds() -> None:
         *(Tiles(32, 256, 4, 1), Tiles(16, 128, 4, 1), Tiles(16, 256, 8, 1), Tiles(16, 256, 4, 2)),
     ]
     assert tune.neighbours(ForwardTiles(16, 16, 4, 1, deferred=True))[-1] == ForwardTiles(16, 16, 4, 1)
+    assert tune.neighbours(fusion.Tiles(1, 2), tune.ROWS) == [
+        *(fusion.Tiles(2, 2), fusion.Tiles(1, 1), fusion.Tiles(1, 4))
+    ]
 
 
 @pytest.mark.parametrize("family", tune.FAMILIES, ids=lambda family: family.operation.name)
