@@ -41,13 +41,13 @@ class Config:
 
     Attributes:
         forward, backward: their tiles.
-        programs: of the backward, so many on a multiprocessor at most. Each leaves rows of its own of sums.
+        resident_warps: of the backward's programs on a multiprocessor. Each program leaves rows of sums.
         levels: projections of their own are taken so many at once.
     """
 
     forward: Tiles
     backward: Tiles
-    programs: int
+    resident_warps: int
     levels: int = 8
 
 
@@ -64,8 +64,7 @@ def default_config(channels: int, sums_of_levels: bool) -> Config:
     """
     columns = next_power_of_2(max(channels, 1))
     backward = _tiles(columns, 4, 32) if sums_of_levels else _tiles(columns, 2, 16)
-    resident_warps = 12 if backward.warps <= 2 else 8
-    return Config(_tiles(columns, 1, 32), backward, programs=max(1, resident_warps // backward.warps))
+    return Config(_tiles(columns, 1, 32), backward, resident_warps=12 if backward.warps <= 2 else 8)
 
 
 def _tiles(columns: int, warps: int, values: int) -> Tiles:
@@ -192,7 +191,7 @@ def _sums_over_rows(
     """
     tiles = p.config.backward
     row_tiles = p.row_tiles(tiles)
-    resident = p.config.programs * multiprocessors(grad_out.device)
+    resident = max(1, p.config.resident_warps // tiles.warps) * multiprocessors(grad_out.device)
     sums: tuple[list[Tensor], ...] = ([], [], [])
     with torch.cuda.device_of(grad_out):
         table = p.table(grad_levels)

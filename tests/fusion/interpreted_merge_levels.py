@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("alpha", "weight", "bias", "ln_weight", "ln_bias")
 LETTERS = dict(zip(NAMES[1:], "wbgn", strict=True))
 # The last tile is not full, a program has several tiles, and there are several chunks of projections.
-CONFIG = Config(forward=Tiles(8, 1), backward=Tiles(4, 1), programs=4, levels=2)
+CONFIG = Config(forward=Tiles(8, 1), backward=Tiles(4, 1), resident_warps=4, levels=2)
 ALL = [True] * 6
 
 
