@@ -1,7 +1,10 @@
-"""What a batch is and whether it fits: its layout, its next-token labels, and every check of its values.
+"""What a batch is and whether it fits: its device, layout and next-token labels, and all checks of values.
 
 Shapes: B samples, L new tokens, K all tokens so far, N images in reading order.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,24 @@ from pyvlm.layout import IMAGE, PADDING, TokenLayout
 from pyvlm.models.config import VLMConfig
 from pyvlm.models.processor import IGNORED
 from pyvlm.models.tiling import check_lengths, check_sizes, host_sizes, image_lengths, number_images
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What `Processor.collate` gives, on a device; image sizes stay on the CPU, where they are read.
+
+    A GPU is not waited for: from memory that the system may move, a copy would wait for all that was asked of
+    the GPU before.
+    """
+    on_gpu = device.type == "cuda"
+
+    def moved(tensor: Tensor) -> Tensor:
+        source = tensor.pin_memory() if on_gpu and tensor.is_cpu else tensor
+        return source.to(device, non_blocking=on_gpu)
+
+    return {
+        name: value if value is None or name == "image_sizes" else moved(value)
+        for name, value in batch.items()
+    }
 
 
 def default_layout(

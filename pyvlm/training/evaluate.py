@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyvlm.models.inputs import to_device
 from pyvlm.models.processor import Processor
 from pyvlm.models.speaker import Messages
 from pyvlm.models.vlm import VLM
@@ -129,9 +130,8 @@ def expert_load(
 ) -> list[dict[str, list[float]]]:
     """For each MoE layer, the share of each modality's dispatched tokens that each expert worked on."""
     batch = processor.collate([processor.encode(dialogue_messages(d)) for d in dialogues])
-    device = next(model.parameters()).device
     model.eval()
-    output = model(**{name: None if tensor is None else tensor.to(device) for name, tensor in batch.items()})
+    output = model(**to_device(batch, next(model.parameters()).device))
     loads = []
     for stats in output.moe_stats:
         counts_ME = stats.dispatched.double()

@@ -9,6 +9,7 @@ import torch
 
 from pyvlm._tell import tell
 from pyvlm.data.files import FilesConfig
+from pyvlm.models.inputs import to_device
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.vlm import VLM
 from pyvlm.training.bundled import bundled_dialogues
@@ -118,8 +119,9 @@ def held_out_loss(
     for step, start in enumerate(range(0, count, batch_size)):
         samples = source.samples(step, range(min(batch_size, count - start)))
         batch = processor.collate(samples)
-        inputs: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in batch.items()}
-        words = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        total += words * model(**inputs).cross_entropy.item()
+        labels = batch["labels"]
+        assert labels is not None
+        words = int((labels[:, 1:] != IGNORED).sum())
+        total += words * model(**to_device(batch, device)).cross_entropy.item()
         labelled += words
     return total / labelled if labelled else float("nan")

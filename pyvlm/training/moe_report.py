@@ -12,13 +12,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyvlm.models.checkpoint import write_file
-from pyvlm.models.inputs import default_layout
+from pyvlm.models.inputs import default_layout, to_device
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.models.vlm import VLM
 from pyvlm.nn.moe_options import MODALITIES
@@ -83,8 +82,7 @@ def report_experts(
     conversations, stream = 0, iter(samples)
     while part := list(islice(stream, batch_size)):
         conversations += len(part)
-        collated = processor.collate(part).items()
-        batch: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in collated}
+        batch = to_device(processor.collate(part), device)
         input_ids, image_sizes = batch["input_ids"], batch.get("image_sizes")
         layout = default_layout(
             model.config, input_ids, batch["attention_mask"], batch["labels"], image_sizes

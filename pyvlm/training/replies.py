@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvlm.models.generation import outlasts_its_prompt
+from pyvlm.models.inputs import to_device
 from pyvlm.models.processor import Processor, Sample
 from pyvlm.models.speaker import Interrupted, Messages, Sampling
 from pyvlm.models.streaming import TextStream
@@ -145,9 +146,5 @@ class VLMSpeaker:
 def _inputs(model: VLM, processor: Processor, samples: Sequence[Sample]) -> dict[str, Any]:
     """The arguments of `VLM.generate`, on the model's device."""
     batch = processor.collate(samples, padding_side="left")
-    device = next(model.parameters()).device
-    return {
-        name: None if tensor is None else tensor.to(device)
-        for name, tensor in batch.items()
-        if name != "labels"
-    }
+    del batch["labels"]
+    return to_device(batch, next(model.parameters()).device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyvlm.models.inputs import to_device
 from pyvlm.models.vlm import VLM
 
 
@@ -31,7 +32,7 @@ def compare_backends(
     reference = VLM(model.config, backend="reference")
     reference.load_state_dict(model.state_dict())
     device = next(model.parameters()).device
-    inputs = {name: None if tensor is None else tensor.to(device) for name, tensor in batch.items()}
+    inputs = to_device(batch, device)
     own = VLM(model.config)
     own.load_state_dict(model.state_dict())
     models = {model.config.backend: own.to(device).train(), "reference": reference.to(device).train()}

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from pyvlm._tell import tell
 from pyvlm.models.checkpoint import SafetensorError
 from pyvlm.models.config import MoEConfig
+from pyvlm.models.inputs import to_device
 from pyvlm.models.pretrained_vision import TransformersTower
 from pyvlm.models.processor import IGNORED, Processor
 from pyvlm.models.resolution import change_image_size
@@ -252,17 +253,16 @@ class Trainer:
         with profile.part("data"):
             # This process's share of the step's samples.
             mine = range(accelerator.process_index, stage.batch_size, accelerator.num_processes)
-            batches = [
-                to_device(batch, accelerator.device)
-                for batch in make_batches(self.processor, self.sources[index], step, mine, stage.accumulation)
-            ]
+            batches = make_batches(self.processor, self.sources[index], step, mine, stage.accumulation)
             labelled = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
-            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            counts = torch.tensor([sum(labelled), tokens], device=accelerator.device)
-            all_labelled, all_tokens = accelerator.reduce(counts).tolist()
+            all_labelled, all_tokens = sum(labelled), sum(int(b["attention_mask"].sum()) for b in batches)
+            if accelerator.num_processes > 1:  # alone a GPU would only be waited for
+                counts = torch.tensor([all_labelled, all_tokens], device=accelerator.device)
+                all_labelled, all_tokens = accelerator.reduce(counts).tolist()
+            on_device = [to_device(batch, accelerator.device) for batch in batches]
         loss = torch.zeros((), device=accelerator.device)
         moe_stats = []
-        for batch, count in zip(batches, labelled, strict=True):
+        for batch, count in zip(on_device, labelled, strict=True):
             with accelerator.accumulate(forward):
                 output = forward(**batch, label_smoothing=stage.label_smoothing, z_loss=stage.z_loss)
                 # Weighed by its labels, so that accumulation changes the memory and not the loss; gradients
@@ -402,7 +402,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: None if tensor is None else tensor.to(device) for name, tensor in batch.items()}

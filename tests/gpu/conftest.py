@@ -25,6 +25,14 @@ def gpu(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def convolutions_in_float32() -> Iterator[None]:
+    """Else cuDNN rounds the factors to 11 bits, in the patches of every encoder."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
 def fault_ends_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where a kernel has read or written outside, the GPU runs nothing more for this process.
 

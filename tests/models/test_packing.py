@@ -9,9 +9,8 @@ from tolerance import assert_conforms
 from pyvlm.data.packing import encode, learns, pack_samples, truncate
 from pyvlm.layout import PADDING, RULES
 from pyvlm.models import VLM, Processor, ProcessorConfig, VLMConfig, word_level_tokenizer
-from pyvlm.models.inputs import default_layout, next_labels
+from pyvlm.models.inputs import default_layout, next_labels, to_device
 from pyvlm.models.processor import IGNORED, Sample
-from pyvlm.training.trainer import to_device
 
 CAUSAL_RULES = [rule for rule in RULES if rule != "bidirectional"]
 WORDS = [f"w{i}" for i in range(VOCAB - 6)]
