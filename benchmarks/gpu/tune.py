@@ -96,21 +96,29 @@ FAMILIES = (
 
 def neighbours(tiles: Any, bounds: dict[str, tuple[int, int]] = PRODUCTS) -> list[Any]:
     """Tiles that differ in one field: a side or the warps halved or doubled, a stage less or more, a way of
-    working taken or not; and those of a side doubled for a stage less, which fit where both do not."""
+    working taken or not. And in two or three, where one of them alone gains nothing: a side doubled for a
+    stage less, which fits where both do not; a side and the warps halved, also with a stage less, so that
+    two programs fit a multiprocessor and one multiplies while the other ends."""
     found = []
     for name in (each.name for each in fields(tiles)):
         value = getattr(tiles, name)
         if isinstance(value, bool):
-            found.append(replace(tiles, **{name: not value}))
-        else:
-            changed = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
-            least, most = bounds.get(name, (16, 256))
-            within = (new for new in changed if least <= new <= most)
-            for new in within:
-                found.append(replace(tiles, **{name: new}))
-                if name not in ("stages", "warps") and new > value and tiles.stages > bounds["stages"][0]:
-                    found.append(replace(tiles, **{name: new, "stages": tiles.stages - 1}))
-    return found
+            found.append({name: not value})
+            continue
+        changed = [{name: value - 1}, {name: value + 1}]
+        if name != "stages":
+            changed = [{name: value // 2}, {name: value * 2}]
+        if name not in ("stages", "warps"):
+            fewer = {name: value // 2, "warps": tiles.warps // 2}
+            less = {"stages": tiles.stages - 1}
+            changed += [{name: value * 2} | less, fewer, fewer | less]
+        found += changed
+
+    def within(change: dict[str, int]) -> bool:
+        limits = ((number, bounds.get(name, (16, 256))) for name, number in change.items())
+        return all(isinstance(n, bool) or least <= n <= most for n, (least, most) in limits)
+
+    return [replace(tiles, **change) for change in found if within(change)]
 
 
 def label(tiles: Any) -> str:

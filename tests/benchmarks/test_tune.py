@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import ahead_of_time
 import triton
 from fusion.loss_cases import LossCase
-from pyvlm.triton_kernels import attention, fusion, loss
+from pyvlm.triton_kernels import attention, fusion, loss, moe
 from pyvlm.triton_kernels.attention import ForwardTiles, Tiles
 from triton.backends.compiler import GPUTarget
 
@@ -26,10 +26,12 @@ CASE = LossCase("few", "", 9, 5, 16, 40)
 LOSS = next(family for family in tune.FAMILIES if family.kernels is loss)
 
 
-def test_neighbours_differ_in_one_field_or_give_a_stage_for_a_side_and_stay_within_bounds() -> None:
+def test_neighbours_differ_in_one_field_or_in_a_side_and_what_it_takes_and_stay_within_bounds() -> None:
     assert tune.neighbours(Tiles(128, 64, 8, 2)) == [
         *(Tiles(64, 64, 8, 2), Tiles(256, 64, 8, 2), Tiles(256, 64, 8, 1)),
+        *(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1)),
         *(Tiles(128, 32, 8, 2), Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 1)),
+        *(Tiles(128, 32, 4, 2), Tiles(128, 32, 4, 1)),
         Tiles(128, 64, 4, 2),
         *(Tiles(128, 64, 8, 1), Tiles(128, 64, 8, 3)),
     ]
@@ -40,6 +42,9 @@ def test_neighbours_differ_in_one_field_or_give_a_stage_for_a_side_and_stay_with
     assert tune.neighbours(fusion.Tiles(1, 2), tune.ROWS) == [
         *(fusion.Tiles(2, 2), fusion.Tiles(1, 1), fusion.Tiles(1, 4))
     ]
+    everything = (tune.neighbours(moe.Tiles(128, 256, 64, 8, 4)), tune.neighbours(Tiles(16, 16, 4, 1)))
+    assert all(len(tiles) == len(set(tiles)) for tiles in everything)
+    assert moe.Tiles(128, 128, 64, 4, 3) in everything[0]
 
 
 @pytest.mark.parametrize("family", tune.FAMILIES, ids=lambda family: family.operation.name)
@@ -93,10 +98,9 @@ def test_the_search_goes_on_from_what_was_fastest_and_tries_nothing_twice(
     start = replace(loss.default_config(torch.bfloat16, None), statistics=loss.Tiles(128, 64, 64, 8, 2))
     family = replace(LOSS, config=lambda case, work: start, passes={"statistics": FORWARD})
     records = list(tune.search(family, CASE, work, False, QUICK, time.monotonic() + 60))
-    # From 128 rows to 64, then to 4 warps; 32 rows do not fit, and no step from there is better.
+    # From 128 rows to 64 and 4 warps at once; 32 rows do not fit, and no step from there is better.
     assert [names[0] for names in rounds] == [
         "rows 128 columns 64 depth 64 warps 8 stages 2",
-        "rows 64 columns 64 depth 64 warps 8 stages 2",
         "rows 64 columns 64 depth 64 warps 4 stages 2",
     ]
     candidates = [name for names in rounds for name in names[1:]]
