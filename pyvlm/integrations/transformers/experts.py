@@ -73,8 +73,10 @@ def experts_forward(
     up_bias, down_bias = None, None
     if experts.has_bias:
         up_bias, down_bias = getattr(experts, f"{up_name}_bias"), experts.down_proj_bias
-    # Before transformers had the flag, any index could be another device's.
-    drop = getattr(experts, "_is_expert_parallel", True)
+    # Before transformers had the flag, with several processes any index could be another device's.
+    drop = getattr(experts, "_is_expert_parallel", None)
+    if drop is None:
+        drop = torch.distributed.is_available() and torch.distributed.is_initialized()
     y = expert_mlp(
         hidden_states,
         routing_from_choices(top_k_index, top_k_weights, down.shape[0], drop_out_of_range=drop),
