@@ -10,7 +10,7 @@ from tolerance import assert_conforms
 
 from pyvlm.layout import RULES, TokenLayout
 from pyvlm.models import VLM, VLMConfig
-from pyvlm.models.inputs import default_layout
+from pyvlm.models.inputs import default_layout, to_device
 
 CAUSAL_RULES = [rule for rule in RULES if rule != "bidirectional"]
 
@@ -18,6 +18,18 @@ CAUSAL_RULES = [rule for rule in RULES if rule != "bidirectional"]
 def labelled(input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Every word is to be learnt; images and padding are not."""
     return input_ids.masked_fill((input_ids == IMAGE_ID) | (real == 0), -100)
+
+
+def test_a_batch_goes_to_a_device_but_for_what_the_host_reads() -> None:
+    input_ids, real = batch(tokens(2, "image", 3), tokens(5))
+    given = {"input_ids": input_ids, "images": None, "attention_mask": real, "image_sizes": torch.ones(1, 2)}
+    on_cpu = to_device(given, torch.device("cpu"))
+    assert all(on_cpu[name] is tensor for name, tensor in given.items())
+    moved = to_device(given, torch.device("meta"))
+    assert moved["image_sizes"] is given["image_sizes"]
+    assert moved["images"] is None
+    assert moved["input_ids"].is_meta
+    assert moved["attention_mask"].is_meta
 
 
 def test_shapes_and_statistics() -> None:
