@@ -42,6 +42,12 @@ def objects() -> list[tuple[str, str, str]]:
     return sorted(rows, key=lambda row: rank.get(row[2], 0))
 
 
+def precompiled(source: str, isa: str) -> str:
+    """The header below csrc/, without its `.h`, that is compiled once and put before this source."""
+    layer = "kernels" if isa else "bindings" if source.startswith("bindings/") else "ops"
+    return f"precompiled_{layer}"
+
+
 def cuda_objects() -> list[tuple[str, str]]:
     """(source, object) of every object of `_C_cuda`, from csrc/sources.txt."""
     sources = [line.split("#")[0].strip() for line in (CSRC / "sources.txt").read_text().splitlines()]
@@ -96,17 +102,17 @@ class NinjaBuildExt(build_ext):
         isa_flags = {"": ""} | {
             isa: f"-DCPU_CAPABILITY={isa} -DCPU_CAPABILITY_{isa} {extra}" for isa, extra in ISA_FLAGS.items()
         }
-        for isa, extra in isa_flags.items():
-            header = CSRC.resolve() / ("precompiled_kernels.h" if isa else "precompiled.h")
-            rules += [
-                f"build precompiled{isa}.h.gch: compile {header}",
-                f"  extra = {extra} -x c++-header",
-            ]
         rows = objects()
-        for source, obj, isa in rows:
+        for header, isa in sorted({(precompiled(source, isa), isa) for source, _, isa in rows}):
             rules += [
-                f"build {obj}: compile {CSRC.resolve() / source} | precompiled{isa}.h.gch",
-                f"  extra = {isa_flags[isa]} -include precompiled{isa}.h",
+                f"build {header}{isa}.h.gch: compile {CSRC.resolve() / header}.h",
+                f"  extra = {isa_flags[isa]} -x c++-header",
+            ]
+        for source, obj, isa in rows:
+            header = precompiled(source, isa) + isa
+            rules += [
+                f"build {obj}: compile {CSRC.resolve() / source} | {header}.h.gch",
+                f"  extra = {isa_flags[isa]} -include {header}.h",
             ]
         rules += [f"build _C.so: link {' '.join(obj for _, obj, _ in rows)}", ""]
         if why_no_cuda() is None:

@@ -1,8 +1,8 @@
 // Masks of models have few runs a row: memchr finds their ends at the speed of memory, on any processor.
 #include "attention/mask_runs.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstdint>

@@ -1,7 +1,9 @@
 // Tensors in, tensors out: checks what the kernels rely on, lays inputs out, makes the outputs.
 #include "attention/span_attention.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 
 namespace pyvlm {
 namespace {

@@ -1,7 +1,7 @@
 // Tensors in, tensors out: checks what the kernels rely on, makes the outputs.
 #include "cross_attention/local_cross_attention.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include <cmath>
 

@@ -1,7 +1,10 @@
 // Tensors in, tensors out: checks what the kernels rely on, lays inputs out, makes the outputs.
 #include "fusion/merge_levels.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 
 #include "common/empty.h"
 

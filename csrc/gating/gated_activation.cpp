@@ -1,8 +1,6 @@
 // Tensors in, tensors out: what the kernels rely on, where rows lie, and the outputs.
 #include "gating/gated_activation.h"
 
-#include <ATen/ATen.h>
-
 #include "common/empty.h"
 
 namespace pyvlm {

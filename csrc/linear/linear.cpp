@@ -1,7 +1,10 @@
 // Tensors in, tensors out: which products are pyvlm's own and which torch's, and where their operands lie.
 #include "linear/linear.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 
 #include <algorithm>
 #include <vector>

@@ -2,7 +2,9 @@
 // outputs.
 #include "loss/linear_cross_entropy.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 

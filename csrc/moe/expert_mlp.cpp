@@ -1,7 +1,7 @@
 // Tensors in, tensors out: checks what the kernels rely on, lays inputs out, makes the outputs.
 #include "moe/expert_mlp.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 

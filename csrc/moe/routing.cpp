@@ -1,7 +1,10 @@
 // Tensors in, tensors out: checks what the kernels rely on, and what only a look at the values tells.
 #include "moe/routing.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,9 +1,12 @@
 // Tensors in, tensors out: where rows lie, the scale in the dtype that is computed in, and the outputs.
 #include "norm/rms_norm.h"
 
-#include <ATen/ATen.h>
 #include <ATen/DimVector.h>
 #include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 

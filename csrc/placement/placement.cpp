@@ -1,7 +1,7 @@
 // Rows are copied as bytes, each straight from where it lies to where it goes; only sums look at numbers.
 #include "placement/placement.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
