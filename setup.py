@@ -1,6 +1,7 @@
 """Builds the wheel: compiles what csrc/sources.txt lists into `pyvlm._C` and, where torch is a CUDA build and
 nvcc is found, its .cu files into `pyvlm._C_cuda`, by a generated ninja file."""
 
+import os
 import platform
 import re
 import shutil
@@ -119,7 +120,10 @@ class NinjaBuildExt(build_ext):
             rules += self.cuda_rules(includes, libraries)
         library = f"{ext.name.split('.')[-1]}.so"
         (build / "build.ninja").write_text("\n".join(rules))
-        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(build), library], check=True)
+        # make -j tells of files that hold its jobs, which Python does not pass on, and ninja would miss.
+        environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+        ninja = [sys.executable, "-m", "ninja", "--quiet", "-C", str(build), library]
+        subprocess.run(ninja, env=environment, check=True)
         # In place and into a wheel: what was linked once is copied, not linked anew.
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
