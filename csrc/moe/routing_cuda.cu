@@ -10,6 +10,7 @@
 
 #include "moe/routing_cuda.cuh"
 #include "moe/routing_cuda.h"
+#include "moe/routing_from_choices.cuh"
 
 namespace pyvlm {
 namespace {
@@ -210,6 +211,50 @@ StableTensor routing_backward_cuda(const StableTensor& grad_weight, const Stable
     });
   }
   return grad_logits;
+}
+
+StableRouting routing_from_choices_cuda(const StableTensor& index, int64_t num_experts,
+                                        bool drop_out_of_range) {
+  const bool wide = index.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(index.dim() == 2 && num_experts >= 1 && num_experts <= std::numeric_limits<int>::max() &&
+                      (wide || index.scalar_type() == ScalarType::Int) &&
+                      index.numel() <= std::numeric_limits<int>::max(),
+                  "routing_from_choices: index must be int32 or int64 [tokens, choices], less than 2^31 of "
+                  "them, of one expert or more");
+  STD_TORCH_CHECK(!drop_out_of_range,
+                  "routing_from_choices: where choices are dropped the number of slots depends on the data, "
+                  "which a CUDA call does not wait for; use backend=\"reference\"");
+  using torch::stable::new_empty;
+  const torch::stable::accelerator::DeviceGuard guard(index.get_device_index());
+  const StableTensor held = torch::stable::contiguous(index);
+  const int slots = static_cast<int>(held.numel()), experts = static_cast<int>(num_experts);
+  const StableTensor choice = new_empty(held, {slots}, ScalarType::Long),
+                     token = new_empty(held, {slots}, ScalarType::Int),
+                     slot = new_empty(held, {slots}, ScalarType::Int);
+  if (slots == 0) {  // no kernel runs
+    return {choice, token, torch::stable::new_zeros(held, {num_experts + 1}, ScalarType::Int),
+            torch::stable::new_zeros(held, {held.size(0) + 1}, ScalarType::Int), slot};
+  }
+  const StableTensor expert_offsets = new_empty(held, {num_experts + 1}, ScalarType::Int),
+                     token_offsets = new_empty(held, {held.size(0) + 1}, ScalarType::Int);
+  const int chunks = routing::choice_chunks(slots);
+  const auto ints = static_cast<int64_t>(routing::ChunkCounts::ints(chunks, experts));
+  const StableTensor memory = new_empty(held, {ints}, ScalarType::Int);
+  const routing::ChunkCounts counts(pointer<int>(memory), chunks, experts);
+  const routing::ChosenLists lists{pointer<int64_t>(choice), pointer<int>(token),
+                                   pointer<int>(expert_offsets), pointer<int>(token_offsets),
+                                   pointer<int>(slot)};
+  const Launch launch(held.get_device_index());
+  const auto run = [&](const auto* index_S) {
+    routing::routing_from_choices(launch, index_S, slots, static_cast<int>(held.size(1)), experts, counts,
+                                  lists);
+  };
+  if (wide) {
+    run(pointer<const int64_t>(held));
+  } else {
+    run(pointer<const int32_t>(held));
+  }
+  return {choice, token, expert_offsets, token_offsets, slot};
 }
 
 }  // namespace pyvlm

@@ -31,4 +31,9 @@ StableTensor routing_backward_cuda(const StableTensor& grad_weight, const Stable
                                    const StableTensor& token, const StableTensor& weight,
                                    const StableTensor& expert_offsets, bool normalize);
 
+// The first tensor is the choice of each slot, in place of its weight. Only where nothing is dropped: else
+// the number of slots depends on the data.
+StableRouting routing_from_choices_cuda(const StableTensor& index, int64_t num_experts,
+                                        bool drop_out_of_range);
+
 }  // namespace pyvlm

@@ -36,11 +36,13 @@ def routing_from_choices(
     Raises:
         TypeError: a wrong dtype.
         ValueError: a wrong shape, several devices, num_experts below 1, or an index below 0 or, unless such
-            are dropped, of num_experts or more.
+            are dropped, of num_experts or more. A GPU's values are not looked at: there such an index stops
+            the process's work on the GPU, as one out of a tensor's bounds does.
     """
     check_choices(index, weight, num_experts)
     num_tokens = index.shape[0]
-    if resolve("routing_from_choices", backend, index.device) == "native":
+    op = "routing_from_choices of which some are dropped" if drop_out_of_range else "routing_from_choices"
+    if resolve(op, backend, index.device) == "native":
         order, *lists = torch.ops.pyvlm.routing_from_choices(index, num_experts, drop_out_of_range)
         by_choice = weight.flatten().to(reference.accumulation_dtype(weight.dtype))
         token, expert_offsets, token_offsets, slot = lists

@@ -37,7 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     command = ["g++", *flags, *includes, str(HERE / "routing_on_host.cpp"), "-o", str(library)]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.bits_size.restype = ctypes.c_int64
+    loaded.bits_size.restype = loaded.counts_size.restype = ctypes.c_int64
     return loaded
 
 
@@ -47,7 +47,7 @@ class Guarded:
     GUARD = 64
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
-        garbage = 0x7FFF_FFFF if dtype == torch.int32 else float("nan")
+        garbage = float("nan") if dtype.is_floating_point else 0x7FFF_FFFF
         self.memory = torch.full((size + 2 * self.GUARD,), garbage, dtype=dtype)
         self.tensor = self.memory[self.GUARD : self.GUARD + size]
 
@@ -346,3 +346,79 @@ def test_backward_where_a_row_was_divided_by_the_epsilon(host: ctypes.CDLL) -> N
     eps = torch.finfo(torch.float32).eps
     (expected,) = torch.autograd.grad(wide.softmax(-1)[:, 1:].sum() / eps, wide)
     torch.testing.assert_close(backward(host, grad, logits, routing, True, backwards=False), expected.float())
+
+
+def from_choices(host: ctypes.CDLL, index: Tensor, experts: int) -> dict[str, Tensor]:
+    """The tensors of the op, the same whether threads run in order or in reverse."""
+    (tokens, top_k), slots = index.shape, index.numel()
+    results = []
+    for backwards in (False, True):
+        sizes = {
+            "choice": (slots, torch.int64),
+            "token": (slots, torch.int32),
+            "expert_offsets": (experts + 1, torch.int32),
+            "token_offsets": (tokens + 1, torch.int32),
+            "slot": (slots, torch.int32),
+        }
+        arrays = {name: Guarded(*size) for name, size in sizes.items()}
+        counts = Guarded(host.counts_size(slots, experts), torch.int32)
+        run(
+            host.routing_from_choices_on_host,
+            index.dtype == torch.int64,
+            backwards,
+            pointer(index),
+            slots,
+            top_k,
+            experts,
+            pointer(counts.tensor),
+            (ctypes.c_void_p * 5)(*(a.tensor.data_ptr() for a in arrays.values())),
+        )
+        counts.written()
+        results.append({name: a.written() for name, a in arrays.items()})
+    for name, tensor in results[0].items():
+        assert tensor.equal(results[1][name]), f"{name} depends on the order of threads"
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "kind"),
+    [
+        (1, 1, 1, "random"),
+        (1, 128, 8, "random"),
+        (32, 4, 8, "any"),  # as many as one warp takes; the same expert several times
+        (33, 4, 8, "any"),  # one token more
+        (256, 300, 8, "random"),  # one chunk; more experts than threads
+        (293, 60, 7, "random"),  # a chunk and 3, in which a token of the first one ends
+        (1_400, 5, 3, "any"),
+        (1_100, 9, 2, "equal"),  # all chose the same
+        (530_000, 2, 1, "any"),  # more chunks than threads
+    ],
+)
+def test_routing_from_choices(
+    host: ctypes.CDLL, tokens: int, experts: int, top_k: int, kind: str, dtype: torch.dtype
+) -> None:
+    if kind == "random":  # no expert twice
+        index = torch.rand(tokens, experts).topk(top_k).indices
+    else:
+        index = torch.randint(0, experts if kind == "any" else 1, (tokens, top_k)) + (kind == "equal") * 3
+    found = from_choices(host, index.to(dtype), experts)
+    number = torch.arange(index.numel(), dtype=torch.float64).view(
+        index.shape
+    )  # a weight that tells the choice
+    token, choice, *offsets, slot = reference.routing_from_choices(index, number, experts, False)
+    names = ("token", "choice", "expert_offsets", "token_offsets", "slot")
+    for name, expected in zip(names, (token, choice.long(), *offsets, slot), strict=True):
+        assert found[name].equal(expected), name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype"),
+    [(-1, torch.int32), (5, torch.int32), (-1, torch.int64), (5, torch.int64), (2**32, torch.int64)],
+)
+@pytest.mark.parametrize("tokens", [3, 1_500])
+def test_choices_of_no_expert_trap(host: ctypes.CDLL, tokens: int, wrong: int, dtype: torch.dtype) -> None:
+    index = torch.zeros(tokens, 2, dtype=dtype)
+    index[-1, 1] = wrong
+    with pytest.raises(RuntimeError, match="trap"):
+        from_choices(host, index, 5)

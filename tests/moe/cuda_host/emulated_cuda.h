@@ -29,7 +29,7 @@ using std::signbit;
 struct Dimension {
   unsigned x;
 };
-inline Dimension threadIdx, blockIdx, blockDim;
+inline Dimension threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
@@ -76,7 +76,7 @@ inline void enter() {
   wait(State::kDone);
 }
 
-enum Function { kBallot, kShuffle };
+enum Function { kBallot, kShuffle, kMatch, kBarrier };
 
 // Shows a value to the warp, and returns what its lanes show.
 inline const uint64_t* exchange(Function function, uint64_t value) {
@@ -156,6 +156,7 @@ struct Launch {
     }
     body = [&] { kernel(arguments...); };
     blockDim.x = threads;
+    gridDim.x = blocks;
     for (int i = 0; i < blocks; ++i) {
       std::memset(dynamic_memory, 0x7f, bytes);
       blockIdx.x = reversed ? blocks - 1 - i : i;
@@ -192,6 +193,18 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
   const int lane = threadIdx.x % emulated::kWarp;
   return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
 }
+
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  const uint64_t own = static_cast<uint64_t>(value), *values = emulated::exchange(emulated::kMatch, own);
+  unsigned word = 0;
+  for (int lane = 0; lane < emulated::kWarp; ++lane) {
+    word |= static_cast<unsigned>(values[lane] == own) << lane;
+  }
+  return word;
+}
+
+inline void __syncwarp() { emulated::exchange(emulated::kBarrier, 0); }
 
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
 

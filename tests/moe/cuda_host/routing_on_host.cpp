@@ -8,6 +8,7 @@
 #include <string>
 
 #include "moe/routing_cuda.cuh"
+#include "moe/routing_from_choices.cuh"
 
 namespace pyvlm::routing {
 alignas(16) unsigned char dynamic_memory[228 * 1024];
@@ -17,28 +18,31 @@ namespace {
 
 using namespace pyvlm::routing;
 
-const char* emulate(int dtype, bool reversed, const auto& run) {
+const char* emulate(bool reversed, const auto& run) {
   static std::string problem;
   emulated::reversed = reversed;
   try {
-    switch (dtype) {
-      case 0:
-        run(float{}, float{});
-        break;
-      case 1:
-        run(double{}, double{});
-        break;
-      case 2:
-        run(torch::headeronly::BFloat16{}, float{});
-        break;
-      default:
-        run(torch::headeronly::Half{}, float{});
-    }
+    run();
   } catch (const std::exception& error) {
     problem = error.what();
     return problem.c_str();
   }
   return nullptr;
+}
+
+const char* emulate(int dtype, bool reversed, const auto& run) {
+  return emulate(reversed, [&] {
+    switch (dtype) {
+      case 0:
+        return run(float{}, float{});
+      case 1:
+        return run(double{}, double{});
+      case 2:
+        return run(torch::headeronly::BFloat16{}, float{});
+      default:
+        return run(torch::headeronly::Half{}, float{});
+    }
+  });
 }
 
 struct Arrays {
@@ -88,6 +92,19 @@ const char* routing_backward_on_host(int dtype, bool reversed, const void* grad,
     routing_backward(emulated::Launch{dynamic_memory}, static_cast<const Prob*>(grad),
                      static_cast<const Logit*>(logits), token, static_cast<const Prob*>(weight),
                      expert_offsets, tokens, experts, normalize, static_cast<Logit*>(grad_logits));
+  });
+}
+
+int64_t counts_size(int slots, int experts) { return ChunkCounts::ints(choice_chunks(slots), experts); }
+
+const char* routing_from_choices_on_host(bool wide, bool reversed, const void* index, int slots, int top_k,
+                                         int experts, int* counts, const ChosenLists* out) {
+  return emulate(reversed, [&] {
+    const auto run = [&](const auto* index_S) {
+      routing_from_choices(emulated::Launch{dynamic_memory}, index_S, slots, top_k, experts,
+                           ChunkCounts(counts, choice_chunks(slots), experts), *out);
+    };
+    return wide ? run(static_cast<const int64_t*>(index)) : run(static_cast<const int32_t*>(index));
   });
 }
 }
