@@ -1,20 +1,20 @@
-"""Expert choice beside softmax and torch.topk.
+"""Routings beside what torch has for them: expert choice, and choices of a router of transformers.
 
-Shapes: T tokens, E experts, C tokens that an expert takes of a group, S slots.
+Shapes: T tokens, E experts, K choices a token, C tokens that an expert takes of a group, S slots.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.workload import FORWARD, Cost, Function, Operation, Provider, Workload
-from pyvlm.ops import expert_choice
+from pyvlm.ops import expert_choice, routing_from_choices
 
 
 @dataclass(frozen=True)
-class RoutingCase:
+class ExpertChoiceCase:
     name: str
     reason: str
     tokens: int  # of each group
@@ -22,31 +22,115 @@ class RoutingCase:
     capacity: int
     groups: int = 1
 
-    def reduced(self) -> "RoutingCase":
-        return RoutingCase(self.name, self.reason, 64, self.experts, 8, min(self.groups, 4))
+    @property
+    def shape(self) -> str:
+        return f"{self.groups} groups of T{self.tokens} E{self.experts} C{self.capacity}"
+
+    def reduced(self) -> "ExpertChoiceCase":
+        return replace(self, tokens=64, capacity=8, groups=min(self.groups, 4))
+
+    def scores(self) -> Tensor:
+        """The router's logits [T, E]."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(self.groups * self.tokens, self.experts, generator=generator)
+
+    def bytes(self, scores: Tensor) -> int:
+        # Of a slot: its token, weight and place among the token's slots. Of a token: where those begin.
+        return scores.nbytes + 12 * self.groups * self.experts * self.capacity + 4 * len(scores)
+
+    def pyvlm(self, backend: str, device: torch.device) -> Function:
+        """The sum of the probabilities that each expert takes: tests compare the slots themselves."""
+        offsets = torch.arange(self.groups + 1, device=device) * self.tokens
+        slots = self.groups * self.experts * min(self.capacity, self.tokens)
+
+        def run(logits_TE: Tensor) -> Tensor:
+            routing = expert_choice(logits_TE, self.capacity, offsets, backend, slots)
+            return routing.weight.view(self.experts, -1).sum(1)
+
+        return run
+
+    def eager(self, device: torch.device) -> Function:
+        """The choice alone, without the lists that experts and the sum over a token's slots need."""
+
+        def run(logits_TE: Tensor) -> Tensor:
+            prob_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+            prob_GET = prob_TE.view(self.groups, self.tokens, self.experts).transpose(1, 2)
+            return prob_GET.topk(self.capacity).values.sum((0, 2))
+
+        return run
+
+
+@dataclass(frozen=True)
+class ChoicesCase:
+    name: str
+    reason: str
+    tokens: int
+    experts: int
+    top_k: int
+
+    @property
+    def shape(self) -> str:
+        return f"T{self.tokens} E{self.experts} K{self.top_k}"
+
+    def reduced(self) -> "ChoicesCase":
+        return replace(self, tokens=min(self.tokens, 64))
+
+    def scores(self) -> Tensor:
+        """The choices' weights [T, K]."""
+        return torch.rand(self.tokens, self.top_k, generator=torch.Generator().manual_seed(1))
+
+    def index(self, device: torch.device) -> Tensor:
+        """The choices, int64 [T, K]."""
+        scores_TE = torch.rand(self.tokens, self.experts, generator=torch.Generator().manual_seed(2))
+        return scores_TE.topk(self.top_k).indices.to(device)
+
+    def bytes(self, scores: Tensor) -> int:
+        # A choice is read, and is a slot: its weight, token and place. Of a token: where its slots begin.
+        return scores.nbytes + (8 + 12) * scores.numel() + 4 * len(scores)
+
+    def pyvlm(self, backend: str, device: torch.device) -> Function:
+        """The weights of the slots."""
+        index_TK = self.index(device)
+        return lambda weight_TK: (
+            routing_from_choices(index_TK, weight_TK, self.experts, False, backend).weight
+        )
+
+    def eager(self, device: torch.device) -> Function:
+        """What experts on a grouped product need: the slots' tokens and weights, and where experts begin.
+
+        Without the places of each token's slots: their outputs are added with atomics.
+        """
+        index_TK = self.index(device)
+
+        def run(weight_TK: Tensor) -> Tensor:
+            expert_S, order_S = index_TK.flatten().sort(stable=True)
+            token_S = order_S // self.top_k
+            offsets_E = torch.searchsorted(expert_S, torch.arange(self.experts, device=device), right=True)
+            weight_S = weight_TK.flatten().to(torch.promote_types(weight_TK.dtype, torch.float32))[order_S]
+            # All three are results: a compiler leaves out what nobody reads.
+            return torch.where((token_S >= 0) & (offsets_E[-1] >= 0), weight_S, 0)
+
+        return run
 
 
 CASES = (
-    RoutingCase("one-group", "a whole batch of tokens", 65_536, 64, 2_048),
-    RoutingCase("images", "each image of 576 tokens by itself", 576, 8, 72, groups=32),
+    ExpertChoiceCase("one-group", "a whole batch of tokens", 65_536, 64, 2_048),
+    ExpertChoiceCase("images", "each image of 576 tokens by itself", 576, 8, 72, groups=32),
+    ChoicesCase("choices", "of a router of transformers, as Qwen3-MoE's", 16_384, 128, 8),
+    ChoicesCase("choices-t8", "the same of eight sequences that go on", 8, 128, 8),
 )
 
 
-def workload(case: RoutingCase, device: torch.device, dtype: torch.dtype) -> Workload:
-    logits_TE = torch.randn(
-        case.groups * case.tokens, case.experts, generator=torch.Generator().manual_seed(1)
-    ).to(device, dtype)
-    slots = case.groups * case.experts * case.capacity
-    # Of a slot: its token, weight and place among the token's slots. Of a token: where those begin.
-    lists_bytes = 12 * slots + 4 * len(logits_TE)
+def workload(case: ExpertChoiceCase | ChoicesCase, device: torch.device, dtype: torch.dtype) -> Workload:
+    scores = case.scores().to(device, dtype)
     return Workload(
         case=case.name,
         reason=case.reason,
-        shape=f"{case.groups} groups of T{case.tokens} E{case.experts} C{case.capacity}",
+        shape=case.shape,
         dtype=dtype,
-        inputs=(logits_TE,),
+        inputs=(scores,),
         cotangent=torch.ones(()),
-        costs={FORWARD: Cost(0, logits_TE.nbytes + lists_bytes)},
+        costs={FORWARD: Cost(0, case.bytes(scores))},
         terms=(0.0,),
         payload=case,
     )
@@ -61,44 +145,23 @@ def workloads(
                 yield workload(case.reduced() if quick else case, device, dtype)
 
 
-def _expert_choice(backend: str, work: Workload) -> Function:
-    """The sum of the probabilities that each expert takes: the slots themselves are what tests compare."""
-    case = work.payload
-    offsets = torch.arange(case.groups + 1, device=work.device) * case.tokens
-    slots = case.groups * case.experts * min(case.capacity, case.tokens)
-
-    def run(logits_TE: Tensor) -> Tensor:
-        routing = expert_choice(logits_TE, case.capacity, offsets, backend, slots)
-        return routing.weight.view(case.experts, -1).sum(1)
-
-    return run
-
-
 def _native(work: Workload) -> Function:
-    return _expert_choice("native", work)
+    return work.payload.pyvlm("native", work.device)
 
 
 def _reference(work: Workload) -> Function:
-    return _expert_choice("reference", work)
+    return work.payload.pyvlm("reference", work.device)
 
 
-def _topk(work: Workload) -> Function:
-    """The selection alone, without the lists that experts and the sum over a token's slots need."""
-    case = work.payload
-
-    def run(logits_TE: Tensor) -> Tensor:
-        prob_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
-        prob_GET = prob_TE.view(case.groups, case.tokens, case.experts).transpose(1, 2)
-        return prob_GET.topk(case.capacity).values.sum((0, 2))
-
-    return run
+def _eager(work: Workload) -> Function:
+    return work.payload.eager(work.device)
 
 
 OPERATION = Operation(
     name="routing",
     workloads=workloads,
     case_names=tuple(case.name for case in CASES),
-    providers=(Provider("pyvlm", _native), Provider("topk", _topk), Provider("reference", _reference)),
+    providers=(Provider("pyvlm", _native), Provider("eager", _eager), Provider("reference", _reference)),
     reference=_reference,
     plain=_reference,
 )

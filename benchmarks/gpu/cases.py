@@ -11,7 +11,7 @@ from fusion.placement_cases import PlacementCase
 from fusion.resample_cases import ResampleCase
 from moe.cases import ExpertCase
 
-from benchmarks.routing import RoutingCase
+from benchmarks.routing import ChoicesCase, ExpertChoiceCase
 
 
 def _dialogue(tokens: int) -> str:
@@ -67,7 +67,11 @@ EXPERTS = (
     ExpertCase("decode-t8", "eight sequences", 8, 2048, 5504, 4, 2, large=True, decode=True),
     ExpertCase("fine-grained-e128", "more of them", 16_384, 2048, 768, 128, 8, large=True),
 )  # fmt: skip
-ROUTING = (RoutingCase("expert-choice", "of the layer of that name", 16_384, 4, 8192),)
+ROUTING = (
+    ExpertChoiceCase("expert-choice", "of the layer of that name", 16_384, 4, 8192),
+    ChoicesCase("choices", "of fine-grained-e128", 16_384, 128, 8),
+    ChoicesCase("choices-t8", "eight sequences", 8, 128, 8),
+)
 
 FUSION = (
     MergeCase("comm-clip-l", "COMM's levels of CLIP-L at 336 pixels", 24, 16, 576, 1024, 1024, large=True),

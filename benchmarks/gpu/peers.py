@@ -123,7 +123,7 @@ _PEERS: dict[str, tuple[Provider, ...]] = {
         Provider("compile", _compiled_attention),
     ),
     "moe": (Provider("glue", _glue), Provider("compile", _compiled_glue)),
-    "routing": (_compiled(routing.OPERATION, "topk"),),
+    "routing": (_compiled(routing.OPERATION, "eager"),),
     "grids": (_compiled(grids.OPERATION, "concatenated"),),
     "resample": (_compiled(resample.OPERATION, "eager"),),
     "loss": (Provider("liger", _liger),),

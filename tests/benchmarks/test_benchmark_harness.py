@@ -111,7 +111,7 @@ class TestEndToEnd:
         ("op", "cases", "passes"),
         [
             ("moe", ["moe-llava-expert-choice", "decode-t1"], 3),
-            ("routing", ["one-group", "images"], 2),
+            ("routing", ["one-group", "images", "choices-t8"], 3),
             ("placement", ["merge", "pack-tiles", "merge-tiles", "deepstack"], 8),
             ("cross_attention", ["cambrian", "cambrian-letterbox"], 4),
             ("linear", ["connector"], 2),

@@ -24,6 +24,7 @@ from pyvlm.ops import (
     merge_levels,
     patches_to_token,
     rms_norm,
+    routing_from_choices,
     span_attention,
     token_choice,
 )
@@ -79,11 +80,13 @@ def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: i
     slots = 2 * experts * (tokens // 6)
 
     def run(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        routing = (
-            token_choice(logits, 2)
-            if router == "token_choice"
-            else expert_choice(logits, tokens // 6, images, num_slots=slots)
-        )
+        if router == "token_choice":
+            routing = token_choice(logits, 2)
+        elif router == "expert_choice":
+            routing = expert_choice(logits, tokens // 6, images, num_slots=slots)
+        else:
+            weight, index = logits.softmax(-1).topk(2)
+            routing = routing_from_choices(index, weight, experts)
         return expert_mlp(x, routing, gate_up, down)
 
     leaves = (
@@ -209,6 +212,7 @@ CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
     "span_attention joint": lambda device, dtype: attention_call(device, dtype, "bidirectional_image"),
     "token_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "token_choice"),
     "expert_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "expert_choice"),
+    "routing_from_choices and expert_mlp": lambda device, dtype: routed_call(device, dtype, "choices"),
     "linear_cross_entropy": loss_call,
     "merge_levels": merge_call,
     "merge_levels of several projections": lambda device, dtype: merge_call(device, dtype, "wbgn"),

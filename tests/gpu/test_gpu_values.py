@@ -26,7 +26,14 @@ from benchmarks.harness.run import DTYPES, run_pass
 from benchmarks.harness.verify import Expected, verify
 from pyvlm.nn.moe_options import RouterOptions
 from pyvlm.nn.moe_routing import TokenGroups
-from pyvlm.ops import Routing, expert_choice, expert_mlp, linear_cross_entropy, token_choice
+from pyvlm.ops import (
+    Routing,
+    expert_choice,
+    expert_mlp,
+    linear_cross_entropy,
+    routing_from_choices,
+    token_choice,
+)
 from pyvlm.reference.gating import ACTIVATIONS
 
 HALVES_AND_FLOAT = ("fp32", "bf16", "fp16")
@@ -191,6 +198,26 @@ def test_routers(dtype: str, device: torch.device) -> None:
             torch.testing.assert_close(routing.weight, expected.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(0, 4, 2), (1, 128, 8), (33, 300, 8), (293, 60, 7), (40_000, 128, 8)]
+)
+def test_routing_from_choices(
+    tokens: int, experts: int, top_k: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    index = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(device, dtype)
+    index[1::2] = index[1::2, :1]  # every other token names one expert K times
+    weight = torch.rand(tokens, top_k, generator=generator).to(device)
+    routing = routing_from_choices(index, weight, experts).to("cpu")
+    expected = routing_from_choices(index, weight, experts, backend="reference").to("cpu")
+    for name in ("token", "weight", "expert_offsets", "token_offsets", "slot"):
+        assert getattr(routing, name).equal(getattr(expected, name)), name
+    index[: tokens // 2, 0] = experts  # of another device
+    dropped = routing_from_choices(index, weight, experts, drop_out_of_range=True)
+    assert len(dropped.token) == int((index < experts).sum())
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1.25])
 def test_capacities_of_images_are_those_that_the_host_counts_with(
     factor: float, device: torch.device
@@ -210,7 +237,7 @@ def test_the_kernels_are_what_runs(gpu: torch.device) -> None:
     for make in CALLS.values():
         call = make(gpu, torch.bfloat16)
         assert runs_on_kernels(call.op, gpu, torch.bfloat16), call.op
-    for op in ("expert_choice", "token_choice"):
+    for op in ("expert_choice", "token_choice", "routing_from_choices"):
         assert runs_on_kernels(op, gpu, torch.float32), f"{op}: _C_cuda is not there"
 
 
