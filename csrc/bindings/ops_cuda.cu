@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyvlm, CUDA, m) {
   m.impl("expert_choice", TORCH_BOX(&pyvlm::expert_choice_cuda));
   m.impl("token_choice", TORCH_BOX(&pyvlm::token_choice_cuda));
   m.impl("routing_backward", TORCH_BOX(&pyvlm::routing_backward_cuda));
+  m.impl("merge_routings", TORCH_BOX(&pyvlm::merge_routings_cuda));
   m.impl("routing_from_choices", TORCH_BOX(&pyvlm::routing_from_choices_cuda));
 }
 

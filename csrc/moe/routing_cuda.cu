@@ -10,7 +10,7 @@
 
 #include "moe/routing_cuda.cuh"
 #include "moe/routing_cuda.h"
-#include "moe/routing_from_choices.cuh"
+#include "moe/routing_lists.cuh"
 
 namespace pyvlm {
 namespace {
@@ -255,6 +255,60 @@ StableRouting routing_from_choices_cuda(const StableTensor& index, int64_t num_e
     run(pointer<const int32_t>(held));
   }
   return {choice, token, expert_offsets, token_offsets, slot};
+}
+
+StableRouting merge_routings_cuda(const std::vector<StableTensor>& token,
+                                  const std::vector<StableTensor>& expert_offsets,
+                                  const std::vector<StableTensor>& rows, int64_t num_tokens) {
+  STD_TORCH_CHECK(!token.empty() && expert_offsets.size() == token.size() && rows.size() == token.size(),
+                  "merge_routings: got ", token.size(), " lists of tokens, ", expert_offsets.size(),
+                  " of offsets and ", rows.size(), " of rows");
+  const StableTensor& like = token[0];
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const int64_t experts = expert_offsets[0].numel() - 1;
+  std::vector<StableTensor> held;  // what the parts point to
+  std::vector<routing::Part> parts;
+  int64_t slots = 0;
+  for (size_t i = 0; i < token.size(); ++i) {
+    const StableTensor places = torch::stable::contiguous(torch::stable::to(rows[i], ScalarType::Long));
+    const StableTensor tokens = torch::stable::contiguous(token[i]);
+    const StableTensor offsets = torch::stable::contiguous(expert_offsets[i]);
+    check_vector("token", tokens, tokens.numel(), ScalarType::Int, like);
+    check_vector("expert_offsets", offsets, experts + 1, ScalarType::Int, like);
+    check_vector("rows", places, places.numel(), ScalarType::Long, like);
+    parts.push_back({pointer<const int>(tokens), pointer<const int>(offsets), pointer<const int64_t>(places),
+                     static_cast<int>(tokens.numel()), static_cast<int>(places.numel()),
+                     static_cast<int>(slots)});
+    slots += tokens.numel();
+    held.insert(held.end(), {tokens, offsets, places});
+  }
+  STD_TORCH_CHECK(experts >= 1 && num_tokens >= 0 &&
+                      num_tokens * experts <= std::numeric_limits<int>::max() &&
+                      slots <= num_tokens * experts,
+                  "merge_routings: ", slots, " slots of ", num_tokens, " tokens and ", experts,
+                  " experts; expected one expert or more, and less than 2^31 pairs of a token and an expert");
+  using torch::stable::new_empty;
+  const StableTensor order = new_empty(like, {slots}, ScalarType::Long),
+                     merged = new_empty(like, {slots}, ScalarType::Int),
+                     slot = new_empty(like, {slots}, ScalarType::Int);
+  if (num_tokens == 0) {  // no kernel runs
+    return {order, merged, torch::stable::new_zeros(like, {experts + 1}, ScalarType::Int),
+            torch::stable::new_zeros(like, {1}, ScalarType::Int), slot};
+  }
+  const StableTensor offsets = new_empty(like, {experts + 1}, ScalarType::Int),
+                     token_offsets = new_empty(like, {num_tokens + 1}, ScalarType::Int),
+                     slots_ET = new_empty(like, {experts, num_tokens}, ScalarType::Long);
+  const auto ints = static_cast<int64_t>(routing::BitMatrix::ints(num_tokens, experts));
+  const StableTensor bits = torch::stable::new_zeros(like, {ints}, ScalarType::Int);
+  const routing::BitMatrix matrix(pointer<int>(bits), static_cast<int>(num_tokens),
+                                  static_cast<int>(experts));
+  routing::merge_routings(
+      Launch(like.get_device_index()), parts.data(), static_cast<int>(parts.size()),
+      static_cast<int>(num_tokens), static_cast<int>(experts), static_cast<int>(slots), matrix,
+      pointer<int64_t>(slots_ET),
+      routing::Lists<int64_t>{pointer<int>(merged), pointer<int64_t>(order), pointer<int>(offsets),
+                              pointer<int>(token_offsets), pointer<int>(slot)});
+  return {order, merged, offsets, token_offsets, slot};
 }
 
 }  // namespace pyvlm

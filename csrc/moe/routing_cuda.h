@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace pyvlm {
 
@@ -35,5 +36,10 @@ StableTensor routing_backward_cuda(const StableTensor& grad_weight, const Stable
 // the number of slots depends on the data.
 StableRouting routing_from_choices_cuda(const StableTensor& index, int64_t num_experts,
                                         bool drop_out_of_range);
+
+// The first tensor is each slot's place in the parts' lists, one behind the other.
+StableRouting merge_routings_cuda(const std::vector<StableTensor>& token,
+                                  const std::vector<StableTensor>& expert_offsets,
+                                  const std::vector<StableTensor>& rows, int64_t num_tokens);
 
 }  // namespace pyvlm

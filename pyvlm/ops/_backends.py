@@ -20,7 +20,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "token_choice": {"native": ("cpu", "cuda")},
     "token_choice with a capacity": {"native": ("cpu",)},
     "threshold_choice": {"native": ("cpu",)},
-    "merge_routings": {"native": ("cpu",)},
+    "merge_routings": {"native": ("cpu", "cuda")},
     "routing_from_choices": {"native": ("cpu", "cuda")},
     "routing_from_choices of which some are dropped": {"native": ("cpu",)},
     "expert_mlp": {"native": ("cpu",), "triton": ("cuda",)},

@@ -267,7 +267,8 @@ def merge_routings(parts: Sequence[tuple[Routing, Tensor]], num_tokens: int) -> 
     Raises:
         TypeError: rows of a wrong dtype.
         ValueError: no parts, different numbers of experts, or rows that do not match their routing or lie
-            outside the whole.
+            outside the whole. A GPU's values are not looked at: there such a row stops the process's work on
+            the GPU, as one out of a tensor's bounds does.
     """
     if not parts:
         raise ValueError("merge_routings needs at least one routing, got none")

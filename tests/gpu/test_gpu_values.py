@@ -31,6 +31,7 @@ from pyvlm.ops import (
     expert_choice,
     expert_mlp,
     linear_cross_entropy,
+    merge_routings,
     routing_from_choices,
     token_choice,
 )
@@ -218,6 +219,23 @@ def test_routing_from_choices(
     assert len(dropped.token) == int((index < experts).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("tokens", "images"), [(0, 5), (40, 0), (7_000, 5_000)])
+def test_merge_routings(tokens: int, images: int, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randperm(tokens + images + 9, generator=generator)
+    logits = torch.randn(tokens + images, 8, generator=generator)
+    parts = [
+        (token_choice(logits[:tokens], 2), rows[:tokens].sort().values.to(dtype)),
+        (expert_choice(logits[tokens:], 700), rows[tokens:-9].sort().values.to(dtype)),
+    ]
+    there = [(routing.to(device), of_part.to(device)) for routing, of_part in parts]
+    merged, expected = merge_routings(there, len(rows)).to("cpu"), merge_routings(parts, len(rows))
+    check_lists(merged)
+    for name in ("token", "weight", "expert_offsets", "token_offsets", "slot"):
+        assert getattr(merged, name).equal(getattr(expected, name)), name
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1.25])
 def test_capacities_of_images_are_those_that_the_host_counts_with(
     factor: float, device: torch.device
@@ -237,7 +255,7 @@ def test_the_kernels_are_what_runs(gpu: torch.device) -> None:
     for make in CALLS.values():
         call = make(gpu, torch.bfloat16)
         assert runs_on_kernels(call.op, gpu, torch.bfloat16), call.op
-    for op in ("expert_choice", "token_choice", "routing_from_choices"):
+    for op in ("expert_choice", "token_choice", "routing_from_choices", "merge_routings"):
         assert runs_on_kernels(op, gpu, torch.float32), f"{op}: _C_cuda is not there"
 
 

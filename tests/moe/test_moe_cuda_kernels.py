@@ -422,3 +422,88 @@ def test_choices_of_no_expert_trap(host: ctypes.CDLL, tokens: int, wrong: int, d
     index[-1, 1] = wrong
     with pytest.raises(RuntimeError, match="trap"):
         from_choices(host, index, 5)
+
+
+class Part(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token", "expert_offsets", "rows")),
+        *((name, ctypes.c_int) for name in ("slots", "tokens", "first")),
+    )
+
+
+def merge(host: ctypes.CDLL, parts: list[tuple[Routing, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """The tensors of the op, the same whether threads run in order or in reverse."""
+    experts, slots = parts[0][0].num_experts, sum(len(routing.token) for routing, _ in parts)
+    given, first = (Part * len(parts))(), 0
+    for part, (routing, rows) in zip(given, parts, strict=True):
+        part.token, part.expert_offsets = routing.token.data_ptr(), routing.expert_offsets.data_ptr()
+        part.rows, part.tokens = rows.data_ptr(), len(rows)
+        part.slots, part.first = len(routing.token), first
+        first += part.slots
+    results = []
+    for backwards in (False, True):
+        sizes = {
+            "token": (slots, torch.int32),
+            "order": (slots, torch.int64),
+            "expert_offsets": (experts + 1, torch.int32),
+            "token_offsets": (tokens + 1, torch.int32),
+            "slot": (slots, torch.int32),
+            "bits": (host.bits_size(tokens, experts), torch.int32),
+            "slots": (experts * tokens, torch.int64),
+        }
+        arrays = {name: Guarded(*size) for name, size in sizes.items()}
+        arrays["bits"].tensor.zero_()
+        pointers = (ctypes.c_void_p * 7)(*(a.tensor.data_ptr() for a in arrays.values()))
+        run(host.merge_routings_on_host, backwards, given, len(parts), tokens, experts, slots, pointers)
+        results.append({name: a.written() for name, a in arrays.items()})
+    for name, tensor in results[0].items():
+        assert tensor.equal(results[1][name]), f"{name} depends on the order of threads"
+    return results[0]
+
+
+def parts_of(sizes: list[int], experts: int, tokens: int) -> list[tuple[Routing, Tensor]]:
+    """Routings of so many tokens, each of every second expert and so of few or many slots, and their rows."""
+    rows = torch.randperm(tokens)[: sum(sizes)].split(sizes)
+    parts = []
+    for i, of_part in enumerate(rows):
+        chosen = torch.rand(len(of_part), experts) < (0.2, 0.8)[i % 2]
+        chosen[:, i % 2 :: 2] = False
+        tensors = reference._slots_of(chosen, torch.rand(len(of_part), experts))
+        parts.append((Routing(*tensors, num_tokens=len(of_part)), of_part.sort().values))
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "experts", "tokens"),
+    [
+        ([1], 1, 1),
+        ([3, 4], 4, 9),  # rows of no part
+        ([300, 0, 217], 5, 517),  # slots for several blocks; a part of no tokens
+        ([40, 30], 300, 77),  # more experts than threads, some without tokens
+        ([0, 0], 3, 40),  # no slots
+    ],
+)
+def test_merge_routings(host: ctypes.CDLL, sizes: list[int], experts: int, tokens: int) -> None:
+    parts = parts_of(sizes, experts, tokens)
+    found = merge(host, parts, tokens)
+    expert = torch.cat([routing.expert for routing, _ in parts])
+    token = torch.cat([rows[routing.token.long()] for routing, rows in parts])
+    number = torch.arange(len(token), dtype=torch.float64)
+    token, order, *offsets, slot = reference.sort_slots(expert, token, number, experts, tokens)
+    names = ("token", "order", "expert_offsets", "token_offsets", "slot")
+    for name, expected in zip(names, (token, order.long(), *offsets, slot), strict=True):
+        assert found[name].equal(expected), name
+
+
+@pytest.mark.parametrize("wrong", ["row", "negative row", "token", "a row of two parts"])
+def test_rows_that_do_not_fit_trap(host: ctypes.CDLL, wrong: str) -> None:
+    parts = parts_of([20, 30], 4, 50)
+    routing, rows = parts[1]
+    if wrong == "token":
+        routing.token[-1] = 30
+    elif wrong == "a row of two parts":
+        parts[1] = parts[0]
+    else:
+        rows[int(routing.token[-1])] = {"row": 50, "negative row": -1}[wrong]
+    with pytest.raises(RuntimeError, match="trap"):
+        merge(host, parts, 50)

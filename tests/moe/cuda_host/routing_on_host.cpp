@@ -8,7 +8,7 @@
 #include <string>
 
 #include "moe/routing_cuda.cuh"
-#include "moe/routing_from_choices.cuh"
+#include "moe/routing_lists.cuh"
 
 namespace pyvlm::routing {
 alignas(16) unsigned char dynamic_memory[228 * 1024];
@@ -105,6 +105,16 @@ const char* routing_from_choices_on_host(bool wide, bool reversed, const void* i
                            ChunkCounts(counts, choice_chunks(slots), experts), *out);
     };
     return wide ? run(static_cast<const int64_t*>(index)) : run(static_cast<const int32_t*>(index));
+  });
+}
+
+// `bits` is zero at first.
+const char* merge_routings_on_host(bool reversed, const Part* parts, int count, int tokens, int experts,
+                                   int slots, const Arrays* out) {
+  return emulate(reversed, [&] {
+    merge_routings(emulated::Launch{dynamic_memory}, parts, count, tokens, experts, slots,
+                   BitMatrix(out->bits, tokens, experts), static_cast<int64_t*>(out->prob),
+                   out->lists<int64_t>());
   });
 }
 }

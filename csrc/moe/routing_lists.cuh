@@ -1,13 +1,17 @@
-// The routing of choices that were made elsewhere, on CUDA: a stable counting sort of the choices by expert.
+// Slot lists on CUDA, without logits: of choices that were made elsewhere, and of several routings together.
 // As moe/routing_cuda.cuh it needs no header of torch.
 //
-// Letters, as in pyvlm/ops/moe_choices.py: T tokens, K choices a token, E experts, S = T K slots; C chunks of
-// choices, one a block, and W warps of a block. Choice i is choice i % K of token i / K.
+// Choices are sorted by expert, a stable counting sort. Letters, as in pyvlm/ops/moe_choices.py: T tokens, K
+// choices a token, E experts, S = T K slots; C chunks of choices, one a block, and W warps of a block. Choice
+// i is choice i % K of token i / K.
+//
+// Routings are merged as a matrix of bits, which every router on CUDA makes its lists of.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "moe/routing_cuda.cuh"
 #include "moe/routing_tile.cuh"
 
 namespace pyvlm::routing {
@@ -188,6 +192,42 @@ __global__ void __launch_bounds__(kChoiceThreads, 1)
   });
 }
 
+// A routing of some tokens, and which rows of the whole they are.
+struct Part {
+  const int* token_S;
+  const int* expert_offsets;  // [E + 1]
+  const int64_t* row_T;
+  int slots, tokens;
+  int first;  // of its slots among those of all parts
+};
+
+// A slot a thread. Sets the bits of a part, and notes which slot each is; reads 2 S entries, writes S of
+// each.
+__global__ void __launch_bounds__(kChunk)
+    set_bits(Part part, int tokens, int experts, BitMatrix bits, int64_t* slot_ET) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= part.slots) {
+    return;
+  }
+  int expert = 0;
+  for (int beyond = experts; expert + 1 < beyond;) {  // the last expert that begins at the slot or before it
+    const int middle = expert + (beyond - expert) / 2;
+    if (part.expert_offsets[middle] <= s) {
+      expert = middle;
+    } else {
+      beyond = middle;
+    }
+  }
+  const int token = part.token_S[s];
+  const int64_t row = token >= 0 && token < part.tokens ? part.row_T[token] : -1;
+  if (row < 0 || row >= tokens) {
+    __trap();  // nobody has looked at them before, as that would wait for the device
+  }
+  atomicOr(&bits.chosen_EW[static_cast<int64_t>(expert) * bits.words + row / kWarp], 1u << row % kWarp);
+  atomicAdd(&bits.count_C[row / kChunk], 1);
+  slot_ET[static_cast<int64_t>(expert) * tokens + row] = part.first + s;
+}
+
 // The launches, as in moe/routing_cuda.cuh: one where the choices are one chunk, else three. There is at
 // least one choice.
 template <typename Launch, typename Index>
@@ -201,6 +241,21 @@ void routing_from_choices(const Launch& launch, const Index* index_S, int slots,
     launch(&rank_chunks, experts, kChoiceThreads, size_t{0}, chunks, counts);
   }
   launch(&place_choices<Index>, chunks, threads, bytes, index_S, slots, top_k, experts, counts, lists);
+}
+
+// One launch for each part that has slots, and two. `bits` is zero before; the lists' weights are the slots'
+// numbers in the parts. There is at least one token.
+template <typename Launch>
+void merge_routings(const Launch& launch, const Part* parts, int count, int tokens, int experts, int slots,
+                    const BitMatrix& bits, int64_t* slot_ET, const Lists<int64_t>& lists) {
+  for (const Part* part = parts; part < parts + count; ++part) {
+    if (part->slots > 0) {
+      launch(&set_bits, BitMatrix::blocks(part->slots, kChunk), kChunk, size_t{0}, *part, tokens, experts,
+             bits, slot_ET);
+    }
+  }
+  launch(&rank_words, experts, 1024, size_t{0}, bits);
+  launch_lists(launch, slot_ET, static_cast<const int64_t*>(nullptr), tokens, experts, slots, bits, lists);
 }
 
 }  // namespace pyvlm::routing
