@@ -32,16 +32,19 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0":
     memory_checks.install()
 
 KERNEL_TESTS = ("attention", "moe", "fusion", "gpu")
-# They run other tests in a process of their own, and one of them takes as long as most files.
+# Of files that take the longest: they run other tests in a process of their own, or compile much.
 LONGEST_TESTS = (
     "test_in_the_interpreter",
     "test_every_block_runs",
     "test_kernels_are_right_with_every_instruction_set",
+    "test_machine_code",
+    "test_compiled_models_agree",
+    "test_a_kill_at_a_chosen_moment",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest begin first: at the end one worker would wait a minute for the other."""
+    """The longest begin first: at the end one worker would wait up to a minute for the other."""
     items.sort(key=lambda item: getattr(item, "originalname", item.name) not in LONGEST_TESTS)
 
 
