@@ -1,6 +1,5 @@
 // What precompiled_bindings.h is for bindings, for sources of kernels: setup.py compiles it once for each
-// instruction set, with its flags (2.5 to 4 s an object less; it takes 12 s itself). Kernels make their
-// tensors with ATen/EmptyTensor.h: ATen/ops/empty.h reads 4.5 s of other headers.
+// instruction set, with its flags (2.5 to 4 s an object less; it takes 12 s itself).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>

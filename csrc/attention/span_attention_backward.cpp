@@ -2,10 +2,9 @@
 // one pass, five GEMMs a tile. No two tasks write the same place, and the order of every sum is fixed:
 // deterministic by construction. Where heads are few, a head is cut into parts, whose dK and dV are summed up
 // in order.
-#include <ATen/EmptyTensor.h>
-
 #include "attention/span_blocks.h"
 #include "common/arena.h"
+#include "common/empty.h"
 #include "common/parallel.h"
 
 namespace pyvlm::CPU_CAPABILITY {
@@ -31,7 +30,7 @@ class Backward {
     const int64_t tiles = p_.H / p_.G * query_tiles_, tasks = p_.B * p_.G * parts_;
     at::Tensor partial;
     if (parts_ > 1) {
-      partial = at::detail::empty_cpu({tasks * 2 * keys_ * depth_}, c10::CppTypeToScalarType<acc_t>::value);
+      partial = make_plain({tasks * 2 * keys_ * depth_}, c10::CppTypeToScalarType<acc_t>::value);
     }
     acc_t* partials = parts_ > 1 ? partial.mutable_data_ptr<acc_t>() : nullptr;
     std::vector<double> grad_sinks(a_.grad_sinks == nullptr ? 0 : p_.B * p_.H * query_tiles_);

@@ -1,10 +1,9 @@
 // The forward for few queries, as in decoding: bound by reading keys and values, which are read once, as they
 // lie, for all query heads that share them. A task is a (batch, key/value head) and a chunk of its keys; a
 // query's chunks are put together in order, so that the result is the same at any number of threads.
-#include <ATen/EmptyTensor.h>
-
 #include "attention/span_blocks.h"
 #include "common/arena.h"
+#include "common/empty.h"
 #include "common/parallel.h"
 
 namespace pyvlm::CPU_CAPABILITY {
@@ -22,8 +21,8 @@ class Decode {
         part_size_(p_.D + 2) {}
 
   void run() {
-    const at::Tensor parts = at::detail::empty_cpu(
-        {p_.B * p_.G * chunks_ * rows_ * p_.streams() * part_size_}, c10::CppTypeToScalarType<acc_t>::value);
+    const at::Tensor parts = make_plain({p_.B * p_.G * chunks_ * rows_ * p_.streams() * part_size_},
+                                        c10::CppTypeToScalarType<acc_t>::value);
     parts_ = parts.mutable_data_ptr<acc_t>();
     Arena size;
     Scratch(size, *this);

@@ -2,8 +2,6 @@
 // candidate for every expert that may want the token. Then each expert takes its best candidates. Candidates
 // lie in the order of their rows, whatever the chunks are, so the result is the same at any number of
 // threads.
-#include <ATen/EmptyTensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -11,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/empty.h"
 #include "common/parallel.h"
 #include "moe/routing_rows.h"
 #include "moe/routing_select.h"
@@ -301,9 +300,9 @@ class Router {
   }
 
   void allocate(const std::vector<int64_t>& offsets, SlotList& out) const {
-    out.token = at::detail::empty_cpu({offsets.back()}, at::kInt);
-    out.weight = at::detail::empty_cpu({offsets.back()}, c10::CppTypeToScalarType<acc_t>::value);
-    out.expert_offsets = at::detail::empty_cpu({experts_ + 1}, at::kInt);
+    out.token = make_plain({offsets.back()}, at::kInt);
+    out.weight = make_plain({offsets.back()}, c10::CppTypeToScalarType<acc_t>::value);
+    out.expert_offsets = make_plain({experts_ + 1}, at::kInt);
     std::copy(offsets.begin(), offsets.end(), out.expert_offsets.mutable_data_ptr<int32_t>());
   }
 
