@@ -241,9 +241,9 @@ StableRouting routing_from_choices_cuda(const StableTensor& index, int64_t num_e
   const auto ints = static_cast<int64_t>(routing::ChunkCounts::ints(chunks, experts));
   const StableTensor memory = new_empty(held, {ints}, ScalarType::Int);
   const routing::ChunkCounts counts(pointer<int>(memory), chunks, experts);
-  const routing::ChosenLists lists{pointer<int64_t>(choice), pointer<int>(token),
-                                   pointer<int>(expert_offsets), pointer<int>(token_offsets),
-                                   pointer<int>(slot)};
+  const routing::NumberedLists lists{pointer<int>(token), pointer<int64_t>(choice),
+                                     pointer<int>(expert_offsets), pointer<int>(token_offsets),
+                                     pointer<int>(slot)};
   const Launch launch(held.get_device_index());
   const auto run = [&](const auto* index_S) {
     routing::routing_from_choices(launch, index_S, slots, static_cast<int>(held.size(1)), experts, counts,
@@ -306,8 +306,8 @@ StableRouting merge_routings_cuda(const std::vector<StableTensor>& token,
       Launch(like.get_device_index()), parts.data(), static_cast<int>(parts.size()),
       static_cast<int>(num_tokens), static_cast<int>(experts), static_cast<int>(slots), matrix,
       pointer<int64_t>(slots_ET),
-      routing::Lists<int64_t>{pointer<int>(merged), pointer<int64_t>(order), pointer<int>(offsets),
-                              pointer<int>(token_offsets), pointer<int>(slot)});
+      routing::NumberedLists{pointer<int>(merged), pointer<int64_t>(order), pointer<int>(offsets),
+                             pointer<int>(token_offsets), pointer<int>(slot)});
   return {order, merged, offsets, token_offsets, slot};
 }
 

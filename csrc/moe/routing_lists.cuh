@@ -21,14 +21,8 @@ constexpr int kWarpChoices = kRounds * kWarp;
 constexpr int kChoiceThreads = 256;
 constexpr int kChunkChoices = kRounds * kChoiceThreads;
 
-// The tensors of the routing, and which choice each slot is.
-struct ChosenLists {
-  int64_t* choice_S;
-  int* token_S;
-  int* expert_offsets;  // [E + 1]
-  int* token_offsets;   // [T + 1]
-  int* slot_S;
-};
+// A routing without weights: in their place stands which choice, or slot of the parts, each slot is.
+using NumberedLists = Lists<int64_t>;
 
 // What blocks tell each other where there are several; null where there is one.
 struct ChunkCounts {
@@ -147,7 +141,7 @@ __global__ void __launch_bounds__(kChoiceThreads) rank_chunks(int chunks, ChunkC
 template <typename Index>
 __global__ void __launch_bounds__(kChoiceThreads, 1)
     place_choices(const Index* index_S, int slots, int top_k, int experts, ChunkCounts counts,
-                  ChosenLists lists) {
+                  NumberedLists lists) {
   int* next_WE = reinterpret_cast<int*>(dynamic_memory);
   const WarpChoices choices = count_of_warps(index_S, slots, experts, next_WE);
   const bool alone = counts.count_E == nullptr;
@@ -178,7 +172,7 @@ __global__ void __launch_bounds__(kChoiceThreads, 1)
 
   choices.add_to(next_WE + threadIdx.x / kWarp * experts, [&](int round, int slot) {
     const unsigned i = WarpChoices::number(round), token = i / top_k, first = token * top_k;
-    lists.choice_S[slot] = i;
+    lists.weight_S[slot] = i;
     lists.token_S[slot] = static_cast<int>(token);
     int rank = 0;  // among the token's slots, which lie as its experts do
     for (unsigned other = first; other < first + top_k; ++other) {
@@ -232,7 +226,7 @@ __global__ void __launch_bounds__(kChunk)
 // least one choice.
 template <typename Launch, typename Index>
 void routing_from_choices(const Launch& launch, const Index* index_S, int slots, int top_k, int experts,
-                          const ChunkCounts& counts, const ChosenLists& lists) {
+                          const ChunkCounts& counts, const NumberedLists& lists) {
   const int chunks = choice_chunks(slots);
   const int threads = slots <= kWarpChoices ? kWarp : kChoiceThreads;  // of few choices all are one warp's
   const size_t bytes = static_cast<size_t>(threads / kWarp) * experts * sizeof(int);
@@ -243,11 +237,10 @@ void routing_from_choices(const Launch& launch, const Index* index_S, int slots,
   launch(&place_choices<Index>, chunks, threads, bytes, index_S, slots, top_k, experts, counts, lists);
 }
 
-// One launch for each part that has slots, and two. `bits` is zero before; the lists' weights are the slots'
-// numbers in the parts. There is at least one token.
+// One launch for each part that has slots, and two. `bits` is zero before. There is at least one token.
 template <typename Launch>
 void merge_routings(const Launch& launch, const Part* parts, int count, int tokens, int experts, int slots,
-                    const BitMatrix& bits, int64_t* slot_ET, const Lists<int64_t>& lists) {
+                    const BitMatrix& bits, int64_t* slot_ET, const NumberedLists& lists) {
   for (const Part* part = parts; part < parts + count; ++part) {
     if (part->slots > 0) {
       launch(&set_bits, BitMatrix::blocks(part->slots, kChunk), kChunk, size_t{0}, *part, tokens, experts,

@@ -354,8 +354,8 @@ def from_choices(host: ctypes.CDLL, index: Tensor, experts: int) -> dict[str, Te
     results = []
     for backwards in (False, True):
         sizes = {
-            "choice": (slots, torch.int64),
             "token": (slots, torch.int32),
+            "choice": (slots, torch.int64),
             "expert_offsets": (experts + 1, torch.int32),
             "token_offsets": (tokens + 1, torch.int32),
             "slot": (slots, torch.int32),

@@ -98,7 +98,7 @@ const char* routing_backward_on_host(int dtype, bool reversed, const void* grad,
 int64_t counts_size(int slots, int experts) { return ChunkCounts::ints(choice_chunks(slots), experts); }
 
 const char* routing_from_choices_on_host(bool wide, bool reversed, const void* index, int slots, int top_k,
-                                         int experts, int* counts, const ChosenLists* out) {
+                                         int experts, int* counts, const NumberedLists* out) {
   return emulate(reversed, [&] {
     const auto run = [&](const auto* index_S) {
       routing_from_choices(emulated::Launch{dynamic_memory}, index_S, slots, top_k, experts,
