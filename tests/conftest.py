@@ -28,7 +28,9 @@ torch.zeros(8, dtype=torch.float64).exp().log()
 
 if os.environ.get("TRITON_INTERPRET", "0") != "0":
     import memory_checks
+    import quick_interpreter
 
+    quick_interpreter.install()
     memory_checks.install()
 
 KERNEL_TESTS = ("attention", "moe", "fusion", "gpu")

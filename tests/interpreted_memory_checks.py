@@ -85,6 +85,19 @@ def by_address_kernel(addresses, target, BYTES: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def arithmetic_kernel(x, n, target, OPERATION: tl.constexpr):
+    lane = tl.arange(0, 2)
+    value = tl.load(x + lane)
+    if OPERATION == "add":
+        value += n
+    elif OPERATION == "sub":
+        value -= n
+    else:
+        value *= n
+    tl.store(target + lane, value)
+
+
+@triton.jit
 def described_kernel(source, target, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK
     tl.store(target + row + tl.arange(0, BLOCK), source.load([row]))
@@ -194,6 +207,30 @@ def test_a_fault_leaves_the_next_launch_alone() -> None:
     refused(lambda: copy_all_kernel[(3,)](x, y, BLOCK=4))
     copy_kernel[(3,)](x, y, 11, BLOCK=4)
     assert y.equal(x[:11])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    ("operation", "x", "fits", "overflows"),
+    [
+        ("add", [2**31 - 5, 0], 4, 5),
+        ("sub", [-(2**31) + 4, 0], 4, 5),
+        ("mul", [2**30 - 1, 0], 2, 3),
+    ],
+)
+def test_integers_that_overflow(
+    operation: str, x: list[int], fits: int, overflows: int, dtype: torch.dtype
+) -> None:
+    given, y = torch.tensor(x, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    exact = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[operation]
+    arithmetic_kernel[(1,)](given, fits, y, OPERATION=operation)
+    assert y.equal(exact(given.long(), fits))
+    if dtype == torch.int32:
+        message = refused(lambda: arithmetic_kernel[(1,)](given, overflows, y, OPERATION=operation))
+        assert f"{operation} of int32 overflows in 1 of 2 lanes" in message
+    else:
+        arithmetic_kernel[(1,)](given, overflows, y, OPERATION=operation)
+        assert y.equal(exact(given, overflows))
 
 
 def test_grids_that_are_too_large() -> None:

@@ -4,6 +4,8 @@ the memory of this process. `install` makes it refuse, in every kernel that it r
 - reads and writes outside of the tensors that the launch was given, between their elements too;
 - races: programs that run at once, one writing what another reads or writes; two lanes of a store that write
   unlike values to one place; a program that reads or writes again what it wrote without a barrier between;
+- sums, differences and products of signed integers that overflow where these have less than 64 bits: of
+  offsets, mostly;
 - alignments promised to the compiler (`tl.multiple_of`) that do not hold;
 - grids that CUDA does not launch.
 
@@ -14,13 +16,12 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
+from triton.language import semantic
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -47,7 +48,6 @@ class Shadow:
 
     def __init__(self, tensors: Iterable[Tensor], grid: tuple[int, ...]) -> None:
         self.grid, self.chosen = grid, _chosen(grid)
-        self.languages: frozenset[str] = frozenset()  # those that are patched for this launch
         storages: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             if tensor.numel() > 0:
@@ -196,11 +196,8 @@ def _garbage(dtype: np.dtype) -> np.ndarray:
     return np.array(True) if dtype.kind == "b" else np.frombuffer(b"\xff" * dtype.itemsize, dtype)[0]
 
 
-@cache
-def _languages(function: Any) -> frozenset[str]:
-    """The modules of Triton's language that a function knows, by which the interpreter patches them."""
-    known = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-    return frozenset(module.__name__ for module in known)
+# What Triton calls operations; on integers of 64 bits those of fewer are exact.
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def install() -> None:
@@ -208,15 +205,7 @@ def install() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     run, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
     set_grid, set_program = builder.set_grid_dim, builder.set_grid_idx
-    set_attribute, patch = interpreter.TensorHandle.set_attr, interpreter._patch_lang
-
-    def patch_once(function: Any) -> Any:
-        """Triton patches its language again in each call of a function in a kernel: a third of the time."""
-        if _shadow is None or not _languages(function) <= _shadow.languages:
-            if _shadow is not None:
-                _shadow.languages |= _languages(function)
-            return patch(function)
-        return interpreter._LangPatchScope()
+    set_attribute = interpreter.TensorHandle.set_attr
 
     def checked_run(self: Any, *args: Any, **kwargs: Any) -> None:
         global _shadow
@@ -259,15 +248,25 @@ def install() -> None:
             raise MemoryFault(f"is no multiple of {value}, as tl.multiple_of promises")
         set_attribute(self, key, value)
 
+    def checked_overflow(self: Any, left: Any, right: Any, operation: Callable[..., Any]) -> None:
+        """In place of Triton's own check, which takes a fifth of the time and tells nobody what it finds."""
+        dtype = left.dtype
+        if dtype.int_bitwidth == 64 or not dtype.is_int_signed():
+            return
+        exact = EXACT[operation.__name__](*(side.handle.data.astype(np.int64) for side in (left, right)))
+        outside = (exact < dtype.get_int_min_value()) | (exact > dtype.get_int_max_value())
+        if outside.any():
+            lanes = f"{outside.sum()} of {outside.size} lanes"
+            raise MemoryFault(f"{operation.__name__} of {dtype} overflows in {lanes}")
+
     def refused(name: str) -> Callable[..., Any]:
         def refuse(self: Any, *_: Any) -> None:
             raise NotImplementedError(f"{name}: the checks of races know no atomics yet")
 
         return refuse
 
-    interpreter._patch_lang = patch_once
+    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = checked_overflow
     executor.__call__ = checked_run
-    executor._restore_args_dev = lambda *_: None  # it copies all memory onto itself
     builder.set_grid_dim, builder.set_grid_idx = checked_grid, checked_program
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
     builder.create_barrier = lambda self: _shadow.barrier()
