@@ -179,11 +179,12 @@ at::Tensor linear_cpu(const at::Tensor& x, const at::Tensor& weight, const std::
   if (is_own_of_few(x, weight)) {
     return multiply_few(x, weight, bias);
   }
-  if (!is_own(x, count_rows(x), weight.size(0), weight.size(1))) {
-    return at::linear(x, weight, bias).contiguous();
-  }
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
+  if (!is_own(x, count_rows(x), weight.size(0), weight.size(1))) {
+    // Of rows that lie otherwise torch makes a product for each image, and other bits.
+    return at::linear(flat(x), weight, bias).view(sizes);
+  }
   const at::Tensor y = make_empty(sizes, x.options());
   linear_into(y, x, weight, bias);
   return y;
