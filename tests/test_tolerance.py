@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_close, assert_conforms, mismatch
+from tolerance import assert_close, assert_close_overall, assert_conforms, mismatch
 
 
 @pytest.fixture
@@ -26,6 +26,28 @@ def test_one_wrong_value_fails(product: tuple[torch.Tensor, torch.Tensor], wrong
     actual[worst] *= wrong
     with pytest.raises(AssertionError, match=rf"product: 1 of 961 values.*{worst[0]}, {worst[1]}\]"):
         assert_close(actual, expected, plain, "product")
+
+
+def test_overall_one_value_may_be_further_off_but_not_all(
+    product: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    expected, plain = product
+
+    def off_by(error: float, at: slice) -> torch.Tensor:
+        actual = expected.clone()
+        actual[at, at] += error
+        return actual.bfloat16()
+
+    one, everywhere = slice(1), slice(None)
+    with pytest.raises(AssertionError, match="1 of 961"):
+        assert_close(off_by(1.0, one), expected, plain)
+    assert_close_overall(off_by(1.0, one), expected, plain)
+    for wrong in (3.0, torch.nan):
+        with pytest.raises(AssertionError, match="product: 1 of 961"):
+            assert_close_overall(off_by(wrong, one), expected, plain, "product")
+    assert_close(off_by(0.2, everywhere), expected, plain)
+    with pytest.raises(AssertionError, match=r"product: root mean square error 0\.2"):
+        assert_close_overall(off_by(0.2, everywhere), expected, plain, "product")
 
 
 def test_infinities_must_agree() -> None:

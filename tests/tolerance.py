@@ -6,6 +6,7 @@ tests). Nothing is tuned to a kernel; NaN is never right, and infinities must ag
 better reference than its like, and gets a fixed tolerance.
 
     assert_close(out, expected=out64, plain=plain_out)     # the policy
+    assert_close_overall(g, expected=g64, plain=plain_g)   # gradients of whole models
     assert_conforms(out, expected=stored)                  # against stored outputs of another implementation
 """
 
@@ -24,7 +25,12 @@ CONFORMANCE_GRADIENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 def mismatch(
-    actual: Tensor, expected: Tensor, plain: Tensor, name: str = "result", terms: float = 0.0
+    actual: Tensor,
+    expected: Tensor,
+    plain: Tensor,
+    name: str = "result",
+    terms: float = 0.0,
+    luck: float = 1.0,
 ) -> str | None:
     """What is wrong with `actual`, or None where it is within the policy.
 
@@ -34,6 +40,7 @@ def mismatch(
         plain: the same by plain PyTorch in the dtype of `actual`.
         name: what the result is called in the message.
         terms: the size of the terms that the result is a sum of, where they cancel and so are larger than it.
+        luck: how many times the policy's error one value may have.
     """
     problem = _unlike(actual, expected, name)
     if problem is not None or actual.numel() == 0:
@@ -44,8 +51,7 @@ def mismatch(
     finite = expected.isfinite()
     scale = max(terms, _largest(expected[finite].abs()))
     plain_error = _largest((plain.to(expected.dtype) - expected)[finite].abs())
-    rounding = FLOOR[actual.dtype] * torch.finfo(actual.dtype).eps * scale
-    allowed = FACTOR[actual.dtype] * plain_error + rounding
+    allowed = luck * _allowed(actual.dtype, plain_error, scale)
     return _too_far(actual, expected, torch.full_like(expected, allowed), name)
 
 
@@ -54,6 +60,26 @@ def assert_close(
 ) -> None:
     """Fails unless `actual` is within the policy; the arguments are those of `mismatch`."""
     problem = mismatch(actual, expected, plain, name, terms)
+    if problem is not None:
+        raise AssertionError(problem)
+
+
+def assert_close_overall(actual: Tensor, expected: Tensor, plain: Tensor, name: str = "result") -> None:
+    """Fails unless the root mean square of the errors is within the policy, the largest within four times.
+
+    For the gradients of whole models in half precision, whose largest error is a matter of luck: of twelve
+    models, three batches and two instruction sets it was 0.3 to 4.2 times that of plain PyTorch, the root
+    mean square 0.5 to 1.8 times. The arguments are those of `mismatch`.
+    """
+    problem = mismatch(actual, expected, plain, name, luck=4)
+    if problem is None and actual.numel() > 0:
+        error, plain_error, scale = (
+            x.square().mean().sqrt().item()
+            for x in (actual.to(expected.dtype) - expected, plain.to(expected.dtype) - expected, expected)
+        )
+        allowed = _allowed(actual.dtype, plain_error, scale)
+        if error > allowed:
+            problem = f"{name}: root mean square error {error:.3g}, allowed {allowed:.3g}"
     if problem is not None:
         raise AssertionError(problem)
 
@@ -73,6 +99,10 @@ def assert_conforms(actual: Tensor, expected: Tensor, name: str = "result", grad
         problem = _too_far(actual, expected, tolerance * (1 + expected.abs()), name)
     if problem is not None:
         raise AssertionError(problem)
+
+
+def _allowed(dtype: torch.dtype, plain_error: float, scale: float) -> float:
+    return FACTOR[dtype] * plain_error + FLOOR[dtype] * torch.finfo(dtype).eps * scale
 
 
 def _largest(values: Tensor) -> float:
