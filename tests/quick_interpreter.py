@@ -2,6 +2,7 @@
 call of a function in a kernel, and find out what numpy and itself call a dtype.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -69,8 +70,21 @@ def _share_block_types() -> None:
     block.with_element_ty, block.to_ir = shared_with_element_ty, shared_to_ir
 
 
+def _share_shapes() -> None:
+    @cache
+    def constants(shape: tuple[int, ...]) -> tuple[tl.tuple, tl.constexpr]:
+        return tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+    def make_tensor(self: tl.tensor, handle: interpreter.TensorHandle, type: tl.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants(tuple(type.shape) if type.is_block() else ())
+
+    tl.tensor.__init__ = make_tensor
+
+
 def install() -> None:
     """For every launch of this process from now on."""
     _patch_once_a_launch()
     _share_block_types()
+    _share_shapes()
     interpreter._get_np_dtype = _numpy_dtypes(interpreter._get_np_dtype)
