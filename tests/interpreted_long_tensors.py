@@ -19,6 +19,7 @@ from memory_checks import also_given, forget, programs_at_the_ends
 from pyvlm.triton_kernels import attention, loss, moe, norm
 from pyvlm.triton_kernels.attention import Config, ForwardTiles, Tiles
 from pyvlm.triton_kernels.common import INTERPRETED
+from tolerance import assert_close
 from torch import Tensor
 
 from pyvlm.layout import TokenLayout
@@ -28,6 +29,7 @@ from pyvlm.ops import (
     gated_activation,
     local_cross_attention,
     merge_levels,
+    pack_image_tokens,
     place_image_tokens,
     rms_norm,
     span_attention,
@@ -158,6 +160,19 @@ def test_rows_of_text(op: Callable[..., Tensor], last_is_image: bool) -> None:
     assert_ends_equal([actual[2]], [expected[2]], rows=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_image_rows(dtype: torch.dtype) -> None:
+    features, cotangent = long(1024), torch.randn(4, 1024).bfloat16()
+
+    def results_of(rows: int) -> list[Tensor]:
+        index = torch.tensor([rows - 2, rows - 1, rows - 4, rows - 1], dtype=dtype)
+        return results(
+            lambda features: pack_image_tokens(features, index, backend="triton"), cotangent, features[-rows:]
+        )
+
+    assert_ends_equal(results_of(len(features)), results_of(4), rows=4)
+
+
 def test_rows_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "RESIDENT_WARPS", 2**20)  # so that the last ones have the last rows
     x, cotangent = long(32768), long(32768)
@@ -246,6 +261,22 @@ def test_rows_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         return [out[None], lse, grad_hidden[:, :64], grad_weight[:, :64]]
 
     assert_ends_equal(results_of(len(hidden)), results_of(4))
+
+
+def test_partial_sums_of_the_loss() -> None:
+    """One a row and half tile of words: those of tiles that are left out, all but the last four, stay 0."""
+    config = replace(loss.default_config(torch.float32, None), group=1)  # the last rows go last
+    words, tiles_run = config.statistics.columns, 4
+    weight = torch.randn(512 * words, 4)
+    hidden = torch.empty(PAST_32_BITS // (2 * 512), 4)
+    hidden[-4:].normal_()
+    labels = torch.full((len(hidden),), len(weight) - 1)
+    _, lse = loss.linear_cross_entropy(hidden, weight, labels, *OPTIONS_OF_LOSS, config)
+    plain, expected = (
+        (hidden[-4:].to(dtype) @ weight[-tiles_run * words :].to(dtype).T).logsumexp(1)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(lse[-4:], expected, plain)
 
 
 @pytest.mark.parametrize("by_descriptors", [False, True], ids=["pointers", "descriptors"])
