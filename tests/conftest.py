@@ -16,11 +16,24 @@ import pytest
 import torch
 
 if find_spec("hypothesis") is not None:  # tests/gpu runs without it
-    from hypothesis import settings
+    from hypothesis import register_random, settings
 
     # No deadline: a first call compiles or warms up. Derandomised: a failure must come back on the next run.
     settings.register_profile("pyvlm", derandomize=True, deadline=None, print_blob=True)
     settings.load_profile("pyvlm")
+
+    class TorchRandom:
+        """torch's generator, which hypothesis seeds before an example, and where st.random_module() is drawn.
+
+        Left alone, its numbers would depend on the examples before: what failed could not be drawn again.
+        """
+
+        seed = staticmethod(torch.manual_seed)
+        getstate = staticmethod(torch.get_rng_state)
+        setstate = staticmethod(torch.set_rng_state)
+
+    TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+    register_random(TORCH_RANDOM)
 
 # torch's fp64 exp and log are off by 1e-9 in about one process of forty where their first call runs on
 # several threads at once (MKL's vector functions start up then): the first call is made here, on one.

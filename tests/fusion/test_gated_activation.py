@@ -26,6 +26,7 @@ def test_every_activation(activation: str, dtype: torch.dtype, gated: bool) -> N
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
+    data.draw(st.random_module())
     shape = [*data.draw(st.lists(st.integers(0, 9), max_size=3)), data.draw(st.integers(0, 130))]
     dtype = data.draw(st.sampled_from(DTYPES))
     activation = data.draw(st.sampled_from(list(ACTIVATIONS)))

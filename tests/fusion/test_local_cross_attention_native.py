@@ -77,6 +77,7 @@ def test_sizes(case: LocalCase, dtype: torch.dtype) -> None:
 @settings(max_examples=80)
 @given(data=st.data())
 def test_any_windows(data: st.DataObject) -> None:
+    data.draw(st.random_module())
     case = LocalCase(
         *("any", "hypothesis"),
         images=data.draw(st.integers(0, 3)),

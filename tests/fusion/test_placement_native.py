@@ -73,6 +73,7 @@ def indices(draw: st.DrawFn, rows: int, num_features: int) -> Tensor:
 @settings(max_examples=100)
 @given(data=st.data())
 def test_any_mask_and_index(data: st.DataObject) -> None:
+    data.draw(st.random_module())
     mask = data.draw(masks())
     rows, num_features = int(mask.sum()), data.draw(st.integers(0, 5))
     width, dtype = data.draw(st.integers(0, 40)), data.draw(st.sampled_from(DTYPES))

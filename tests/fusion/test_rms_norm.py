@@ -35,6 +35,7 @@ def test_weights_of_any_dtype(of_weight: torch.dtype | None, dtype: torch.dtype)
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
+    data.draw(st.random_module())
     shape = [*data.draw(st.lists(st.integers(0, 9), max_size=3)), data.draw(st.integers(0, 130))]
     dtype = data.draw(st.sampled_from(DTYPES))
     order = data.draw(st.permutations(range(len(shape))))

@@ -53,7 +53,9 @@ def assert_right(x: Tensor, routing: Routing, layer: Layer, **options: object) -
     plain = results(x, routing, layer, grad_y, "reference", x.dtype, **options)
     expected = results(x, routing, layer, grad_y, "reference", torch.float64, **options)
     for name, tensor in actual.items():
-        assert_close(tensor, expected[name], plain=plain[name], name=name)
+        # The gradient of a weight is a sum of products that were rounded to the dtype of x.
+        as_rounded = tensor.to(x.dtype) if name == "weight" else tensor
+        assert_close(as_rounded, expected[name], plain=plain[name], name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,6 +94,7 @@ def test_kinds_of_experts(
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_routing(data: st.DataObject) -> None:
+    data.draw(st.random_module())
     tokens, experts = data.draw(st.integers(0, 90)), data.draw(st.integers(1, 6))
     hidden, intermediate = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 80))
     dtype = data.draw(st.sampled_from(DTYPES))
