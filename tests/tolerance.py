@@ -6,7 +6,7 @@ tests). Nothing is tuned to a kernel; NaN is never right, and infinities must ag
 better reference than its like, and gets a fixed tolerance.
 
     assert_close(out, expected=out64, plain=plain_out)     # the policy
-    assert_close_overall(g, expected=g64, plain=plain_g)   # what whole models give in half precision
+    assert_close_overall(g, expected=g64, plain=plain_g)   # gradients of whole models
     assert_conforms(out, expected=stored)                  # against stored outputs of another implementation
 """
 
@@ -67,9 +67,9 @@ def assert_close(
 def assert_close_overall(actual: Tensor, expected: Tensor, plain: Tensor, name: str = "result") -> None:
     """Fails unless the root mean square of the errors is within the policy, the largest within four times.
 
-    For logits and gradients of whole models in half precision, whose largest error is a matter of luck: of
-    twelve models, three batches and two instruction sets that of the gradients was 0.3 to 4.2 times that of
-    plain PyTorch, the root mean square 0.5 to 1.8 times. The arguments are those of `mismatch`.
+    For the gradients of whole models in half precision, whose largest error is a matter of luck: of twelve
+    models, three batches and two instruction sets it was 0.3 to 4.2 times that of plain PyTorch, the root
+    mean square 0.5 to 1.8 times. The arguments are those of `mismatch`.
     """
     problem = mismatch(actual, expected, plain, name, luck=4)
     if problem is None and actual.numel() > 0:

@@ -48,11 +48,9 @@ def assert_right(leaves: Leaves, labels: Tensor, **options: Any) -> None:
     actual = results(leaves, labels, "native", dtype, **options)
     plain = results(leaves, labels, "reference", dtype, **options)
     expected = results(leaves, labels, "reference", torch.float64, **options)
-    # Of one word nothing is left: it has probability 1, wanted and found, here times 3 and unit normals.
-    terms = 3.0 if len(leaves[1]) == 1 else 0.0
     for name, tensor in actual.items():
         assert tensor.dtype == plain[name].dtype
-        assert_close(tensor, expected[name], plain[name], name, terms)
+        assert_close(tensor, expected[name], plain=plain[name], name=name)
 
 
 def test_it_is_what_auto_takes_on_the_cpu() -> None:
@@ -69,7 +67,7 @@ def test_sizes(case: LossCase, dtype: torch.dtype, bias: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("case", ["more-than-a-tile", "several-chunks", "one-word"])
+@pytest.mark.parametrize("case", ["more-than-a-tile", "several-chunks"])
 def test_options(case: str, name: str, dtype: torch.dtype) -> None:
     assert_right(BY_NAME[case].inputs(dtype), BY_NAME[case].labels(), **OPTIONS[name])
 
