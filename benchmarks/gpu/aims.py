@@ -158,7 +158,7 @@ def _of_short_rows_and_decoding() -> list[Aim]:
 
 def _of_experts() -> list[Aim]:
     aims = []
-    for case in ("moe-llava", "fine-grained-e64", "fine-grained-e128"):
+    for case in ("moe-llava", "eight-experts", "fine-grained-e64", "fine-grained-e128"):
         for of_pass, bound in ((FORWARD, 0.85), (TRAINING, 0.75)):
             aims.append(
                 Aim(

@@ -64,6 +64,7 @@ EXPERTS = (
     ExpertCase("fine-grained-e64", "many small experts", 16_384, 2048, 1024, 64, 8, large=True),
     ExpertCase("expert-choice", "the same routed by expert choice", 16_384, 2048, 5504, 4, 2,
                "expert_choice", large=True),
+    ExpertCase("eight-experts", "twice as many, half as busy", 16_384, 2048, 5504, 8, 2, large=True),
     ExpertCase("decode-t8", "eight sequences", 8, 2048, 5504, 4, 2, large=True, decode=True),
     ExpertCase("fine-grained-e128", "more of them", 16_384, 2048, 768, 128, 8, large=True),
 )  # fmt: skip
