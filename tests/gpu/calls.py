@@ -22,6 +22,7 @@ from pyvlm.ops import (
     linear_cross_entropy,
     local_cross_attention,
     merge_levels,
+    merge_routings,
     patches_to_token,
     rms_norm,
     routing_from_choices,
@@ -78,12 +79,16 @@ def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: i
     experts, hidden, intermediate = 4, 64, 48
     images = torch.tensor([0, tokens // 2, tokens], device=device)
     slots = 2 * experts * (tokens // 6)
+    of_text, of_image = torch.arange(tokens, device=device).split([tokens // 2, tokens - tokens // 2])
 
     def run(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         if router == "token_choice":
             routing = token_choice(logits, 2)
         elif router == "expert_choice":
             routing = expert_choice(logits, tokens // 6, images, num_slots=slots)
+        elif router == "merge_routings":
+            text, image = token_choice(logits[of_text], 2), expert_choice(logits[of_image], tokens // 6)
+            routing = merge_routings([(text, of_text), (image, of_image)], tokens)
         else:
             weight, index = logits.softmax(-1).topk(2)
             routing = routing_from_choices(index, weight, experts)
@@ -213,6 +218,7 @@ CALLS: dict[str, Callable[[torch.device, torch.dtype], OpCall]] = {
     "token_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "token_choice"),
     "expert_choice and expert_mlp": lambda device, dtype: routed_call(device, dtype, "expert_choice"),
     "routing_from_choices and expert_mlp": lambda device, dtype: routed_call(device, dtype, "choices"),
+    "merge_routings and expert_mlp": lambda device, dtype: routed_call(device, dtype, "merge_routings"),
     "linear_cross_entropy": loss_call,
     "merge_levels": merge_call,
     "merge_levels of several projections": lambda device, dtype: merge_call(device, dtype, "wbgn"),
