@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyvlm.layout import IMAGE, PADDING, TEXT, TokenLayout
+from pyvlm.nn import MoE, TokenGroups
 from pyvlm.ops import (
     expert_choice,
     expert_mlp,
@@ -233,6 +235,26 @@ def test_neither_do_losses_of_routers(device: torch.device) -> None:
     expected = losses()
     with waiting_refused(device):
         actual = losses()
+    for a, b in zip(actual, expected, strict=True):
+        assert a.equal(b)
+
+
+def test_neither_does_a_layer_of_experts_that_knows_its_groups(device: torch.device) -> None:
+    kind = torch.tensor([[TEXT] * 9 + [IMAGE] * 20 + [TEXT] * 6, [TEXT] * 4 + [IMAGE] * 25 + [PADDING] * 6])
+    layout = TokenLayout(kind.to(torch.uint8).to(device))
+    routers = {"text_router": "token_choice", "image_router": "expert_choice"}
+    layer = MoE(64, 48, 4, top_k=2, aux_loss_coef=0.01, z_loss_coef=0.001, **routers).to(device)
+    x = torch.randn(2, 35, 64, device=device, requires_grad=True)
+    groups = TokenGroups.of(layout)  # asks how many rows there are of each
+
+    def results() -> list[Tensor]:
+        y, stats = layer(x, layout, groups)
+        loss = y.square().mean() + stats.aux_loss
+        return [y.detach(), *torch.autograd.grad(loss, (x, *layer.parameters()))]
+
+    expected = results()
+    with waiting_refused(device):
+        actual = results()
     for a, b in zip(actual, expected, strict=True):
         assert a.equal(b)
 
