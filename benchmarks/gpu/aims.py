@@ -209,6 +209,23 @@ def _of_memory_bound_ops() -> list[Aim]:
     ]
 
 
+def _of_steps() -> list[Aim]:
+    steps = (
+        ("llava-mmca", "a LLaVA with MMCA", ("sdpa", "flex")),
+        ("moe-llava", "MoE-LLaVA", ("sdpa",)),
+        ("llava-mmca-compiled", "a LLaVA with MMCA, both compiled", ("compile",)),
+        ("moe-llava-compiled", "MoE-LLaVA, both compiled", ("compile",)),
+    )
+    return [
+        Aim(
+            f"step of {name}, times as fast as transformers' best",
+            lambda r, case=case, peers=peers: r.speed_up("step", case, TRAINING, *peers),
+            1.3,
+        )
+        for case, name, peers in steps
+    ]
+
+
 AIMS = (
     *_of_long_rows(),
     *_of_mmca(),
@@ -225,16 +242,7 @@ AIMS = (
         lambda r: r.peak_ratio("loss", "15-percent", TRAINING, "liger"),
         1.0,
     ),
-    Aim(
-        "step of a LLaVA with MMCA, times as fast as transformers' best",
-        lambda r: r.speed_up("step", "llava-mmca", TRAINING, "sdpa", "flex"),
-        1.3,
-    ),
-    Aim(
-        "step of MoE-LLaVA, times as fast as transformers' best",
-        lambda r: r.speed_up("step", "moe-llava", TRAINING, "sdpa"),
-        1.3,
-    ),
+    *_of_steps(),
 )
 
 

@@ -156,7 +156,10 @@ PARTS: dict[str, tuple[Job, ...]] = {
         *_of_family(norm.OPERATION, norm.workload, cases.NORM),
         *_of_family(gating.OPERATION, gating.workload, cases.GATING),
     ),
-    "step": tuple(Job(kind, partial(step.run, kind)) for kind in step.KINDS),
+    "step": tuple(
+        Job(step.case_name(kind, compiled), partial(step.run, kind, compiled))
+        for kind, compiled in step.CASES
+    ),
     "tune": tuple(
         Job(f"{family.operation.name} {case.name}", partial(run_tune, family, case), share=True)
         for family in tune.FAMILIES

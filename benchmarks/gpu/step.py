@@ -6,6 +6,7 @@ forward, backward and AdamW. Shapes: B batch, L tokens, T = B·L, H heads, D hea
 
 from collections.abc import Callable, Iterator
 from functools import reduce
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from benchmarks.gpu.parts import Context
 
 KINDS = ("llava-mmca", "moe-llava")
+CASES = tuple((kind, compiled) for compiled in (False, True) for kind in KINDS)  # what compiles comes last
 LOSSES_MAY_DIFFER = 0.02  # of a bfloat16 model's, whose attention and experts round apart
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+_numbers = count()
 
 
 def by_spans(spans: AttentionSpans) -> Attend:
@@ -59,7 +62,6 @@ def by_flex(spans: AttentionSpans) -> Attend:
         )
 
     masks = [block_mask(seen) for seen in dense_BRQK.unbind(1)]
-    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -70,10 +72,19 @@ def by_flex(spans: AttentionSpans) -> Attend:
     return attend
 
 
-class Step:
-    """A model, its batch, and steps of it with some attention, experts and loss."""
+def by_causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Without a mask: the fastest that transformers has."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-    def __init__(self, kind: str, context: "Context") -> None:
+
+class Step:
+    """A model, its batch, and steps of it with some attention, experts and loss.
+
+    Args:
+        compiled: forward and backward are made by torch.compile, for what the first call has.
+    """
+
+    def __init__(self, kind: str, context: "Context", compiled: bool = False) -> None:
         import transformers
 
         # Its package makes experts_implementation="pyvlm" known.
@@ -92,8 +103,9 @@ class Step:
             "max_position_embeddings": 8192,
             "tie_word_embeddings": False,
         }
-        transformers.AttentionInterface.register("measured", self._attention)
-        transformers.AttentionMaskInterface.register("measured", lambda *args, **kwargs: None)
+        name = f"measured_{next(_numbers)}"  # of this very step: the register is one for all models
+        transformers.AttentionInterface.register(name, self._attention)
+        transformers.AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
         torch.manual_seed(0)
         with torch.device(device):
             if kind == "moe-llava":
@@ -103,7 +115,8 @@ class Step:
                 self.model: Any = transformers.MixtralForCausalLM(config)
             else:
                 self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
-        self.model.to(torch.bfloat16).set_attn_implementation("measured")
+        self.model.to(torch.bfloat16).set_attn_implementation(name)
+        self.forward = torch.compile(self._forward) if compiled else self._forward
         self.attend: Attend | None = None
         self.layers, self.served = (mlp.MLPS.apply, norms.apply), []
         row = DIALOGUE[0] if not tiny else "t8 i16 t9 i16 t15"
@@ -133,6 +146,9 @@ class Step:
         self._serve_layers(own)
         if experts is not None:
             self.model.set_experts_implementation(experts)
+        return self.forward(own)
+
+    def _forward(self, own: bool) -> Tensor:
         if not own:
             return self.model(inputs_embeds=self.embeddings, labels=self.labels, use_cache=False).loss
         hidden = self.model.model(inputs_embeds=self.embeddings, use_cache=False).last_hidden_state
@@ -154,19 +170,19 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def run(kind: str, context: "Context") -> Iterator[Record]:
-    step = Step(kind, context)
+def run(kind: str, compiled: bool, context: "Context") -> Iterator[Record]:
+    """pyvlm's row and its peers'; compiled, each of them has a model of its own, which nobody changes."""
+    torch.compiler.reset()
+    step = Step(kind, context, compiled)
     experts = {"pyvlm": "pyvlm", "others": "grouped_mm"} if kind == "moe-llava" else {}
-    builds: dict[str, Callable[[], Attend]] = {
-        "pyvlm": lambda: by_spans(step.spans),
-        "sdpa": lambda: by_dense_masks(step.spans),
-        "flex": lambda: by_flex(step.spans),
-    }
-    if kind == "moe-llava":  # no mask: the fastest that transformers has
-        builds["sdpa"] = lambda: (
-            lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        )
-        del builds["flex"]
+    causal = kind == "moe-llava"
+    builds: dict[str, Callable[[], Attend]] = {"pyvlm": lambda: by_spans(step.spans)}
+    if compiled:
+        builds["compile"] = lambda: by_causal_sdpa if causal else by_flex(step.spans)
+    else:
+        builds["sdpa"] = lambda: by_causal_sdpa if causal else by_dense_masks(step.spans)
+        if not causal:
+            builds["flex"] = lambda: by_flex(step.spans)
     outcomes: dict[str, Record] = {}
     calls: dict[str, Callable[[], object]] = {}
     expected = None
@@ -174,10 +190,11 @@ def run(kind: str, context: "Context") -> Iterator[Record]:
         own = name == "pyvlm"
         try:
             attend = build()
+            of_row = step if own or not compiled else Step(kind, context, compiled)
             how = (attend, experts.get("pyvlm" if own else "others"), own)
-            loss = step.loss(*how)
+            loss = of_row.loss(*how)
             loss.backward()
-            step.optimizer.zero_grad(set_to_none=True)
+            of_row.optimizer.zero_grad(set_to_none=True)
         except Exception as error:  # a peer may raise anything; it is told in its row
             check_device(context.device)
             outcomes[name] = {"status": UNAVAILABLE, "detail": f"{type(error).__name__}: {error}"[:300]}
@@ -186,7 +203,7 @@ def run(kind: str, context: "Context") -> Iterator[Record]:
         if not abs(loss.item() - expected) <= LOSSES_MAY_DIFFER * abs(expected):  # NaN is not either
             outcomes[name] = {"status": WRONG, "detail": f"its loss is {loss.item():.4f}, not {expected:.4f}"}
             continue
-        calls[name] = lambda how=how: step.run(lambda: step.loss(*how))
+        calls[name] = lambda of_row=of_row, how=how: of_row.run(lambda: of_row.loss(*how))
     product, copy = limits(context.device, torch.bfloat16, context.dry_run)
     samples = interleave(
         {**calls, GEMM: product.call, COPY: copy.call},
@@ -203,8 +220,8 @@ def run(kind: str, context: "Context") -> Iterator[Record]:
         }
     yield {
         "op": "step",
-        "case": kind,
-        "reason": "forward, backward and AdamW",
+        "case": case_name(kind, compiled),
+        "reason": "forward, backward and AdamW" + (", both compiled" if compiled else ""),
         "shape": step.shape,
         "dtype": "bf16",
         "pass": TRAINING,
@@ -212,3 +229,7 @@ def run(kind: str, context: "Context") -> Iterator[Record]:
         "copy_gbytes_per_s": copy.amount / summary(samples[COPY])["median_s"] / 1e9,
         "providers": {name: outcomes[name] for name in builds},
     }
+
+
+def case_name(kind: str, compiled: bool) -> str:
+    return f"{kind}-compiled" if compiled else kind

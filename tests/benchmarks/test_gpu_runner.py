@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import __main__ as runner
-from benchmarks.gpu import cases, worker
+from benchmarks.gpu import cases, step, worker
 from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
 from benchmarks.gpu.parts import PARTS, Context, Job
 from benchmarks.gpu.summary import summary
@@ -127,7 +127,7 @@ class TestAims:
             "gating": cases.GATING,
         }
         measured = {(op, case.name) for op, of_op in sizes.items() for case in of_op}
-        measured |= {("step", "llava-mmca"), ("step", "moe-llava")}
+        measured |= {("step", step.case_name(*case)) for case in step.CASES}
         assert asked <= measured
         assert len(asked) > 15
 

@@ -1,13 +1,14 @@
-"""Training steps of the GPU benchmarks: whose layers run in whose rows."""
+"""Training steps of the GPU benchmarks: whose layers run in whose rows, and what is compiled."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
 from benchmarks.gpu.parts import Context
-from benchmarks.gpu.step import Step, by_dense_masks, by_spans
+from benchmarks.gpu.step import KINDS, Step, by_dense_masks, by_spans
 
 MIXTRALS = "transformers.models.mixtral.modeling_mixtral"
 LLAMAS = "transformers.models.llama.modeling_llama"
@@ -27,3 +28,22 @@ def test_layers_and_loss_are_pyvlms_in_its_own_rows_alone(kind: str, home: str) 
     assert losses[0] == losses[3]
     assert losses[1] == losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("own", [True, False], ids=["pyvlm", "transformers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_step_is_one_graph(kind: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the row would show what breaks a graph, not what compiling gives."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    context = Context(torch.device("cpu"), True, time.monotonic() + 60)
+    losses = []
+    for compiled in (False, True):
+        step = Step(kind, context, compiled)
+        attend = (by_spans if own else by_dense_masks)(step.spans)
+        experts = None if kind == "llava-mmca" else "pyvlm" if own else "grouped_mm"
+        for _ in range(2):
+            loss = step.loss(attend, experts, own)
+            step.run(lambda loss=loss: loss)
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
