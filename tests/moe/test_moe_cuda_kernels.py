@@ -1,24 +1,18 @@
 """The CUDA kernels of the routers, compiled for the host and emulated, against the reference."""
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from emulated_cuda import Guarded, in_both_orders, needs_compiler, pointer, pointers, run
 from moe_helpers import check_lists
 from tolerance import assert_close
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
 
 from pyvlm.ops import Routing
 from pyvlm.reference import moe as reference
 
-HERE = Path(__file__).parent / "cuda_host"
-CSRC = Path(__file__).parents[2] / "csrc"
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -26,76 +20,28 @@ DTYPES = [
     torch.float16,
 ]  # by the number that the host code knows
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernels")
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("cuda_host") / "routing_on_host.so"
-    includes = [f"-I{HERE}", f"-I{CSRC}", *(f"-isystem{path}" for path in include_paths())]
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
-    command = ["g++", *flags, *includes, str(HERE / "routing_on_host.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.bits_size.restype = loaded.counts_size.restype = ctypes.c_int64
-    return loaded
-
-
-class Guarded:
-    """A tensor for a kernel to write, of garbage and between guards."""
-
-    GUARD = 64
-
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        garbage = float("nan") if dtype.is_floating_point else 0x7FFF_FFFF
-        self.memory = torch.full((size + 2 * self.GUARD,), garbage, dtype=dtype)
-        self.tensor = self.memory[self.GUARD : self.GUARD + size]
-
-    def written(self) -> Tensor:
-        before, after = self.memory[: self.GUARD], self.memory[self.GUARD + len(self.tensor) :]
-        for guard in (before, after):
-            assert bool((guard.isnan() if guard.is_floating_point() else guard == 0x7FFF_FFFF).all())
-        return self.tensor
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def run(function: Callable[..., Any], *arguments: Any) -> None:
-    function.restype = ctypes.c_char_p
-    converted = [ctypes.c_int(a) if isinstance(a, (bool, int)) else a for a in arguments]
-    problem = function(*converted)
-    if problem is not None:
-        raise RuntimeError(problem.decode())
+pytestmark = needs_compiler
 
 
 def route(
     host: ctypes.CDLL, logits: Tensor, slots: int, call: Callable[[ctypes.Array, bool], None]
 ) -> tuple[Routing, Tensor]:
-    """The routing and the probabilities [T, E]; the same whether threads run in order or in reverse."""
+    """The routing and the probabilities [T, E]."""
     tokens, experts = logits.shape
     dtype = reference.accumulation_dtype(logits.dtype)
-    results = []
-    for backwards in (False, True):
-        sizes = {
-            "token": (slots, torch.int32),
-            "weight": (slots, dtype),
-            "expert_offsets": (experts + 1, torch.int32),
-            "token_offsets": (tokens + 1, torch.int32),
-            "slot": (slots, torch.int32),
-            "bits": (host.bits_size(tokens, experts), torch.int32),
-            "prob": (experts * tokens, dtype),
-        }
-        arrays = {name: Guarded(*size) for name, size in sizes.items()}
-        call((ctypes.c_void_p * 7)(*(a.tensor.data_ptr() for a in arrays.values())), backwards)
-        results.append({name: a.written() for name, a in arrays.items()})
-    for name in results[0]:
-        one, other = (result[name].view(torch.uint8) for result in results)  # NaN is like itself
-        assert one.equal(other), f"{name} depends on the order of threads"
-    prob = results[0].pop("prob").view(experts, tokens).T.contiguous()
-    results[0].pop("bits")
-    return Routing(**results[0], num_tokens=tokens), prob
+    sizes = {
+        "token": (slots, torch.int32),
+        "weight": (slots, dtype),
+        "expert_offsets": (experts + 1, torch.int32),
+        "token_offsets": (tokens + 1, torch.int32),
+        "slot": (slots, torch.int32),
+        "bits": (host.bits_size(tokens, experts), torch.int32),
+        "prob": (experts * tokens, dtype),
+    }
+    found = in_both_orders(sizes, lambda tensors, backwards: call(pointers(tensors), backwards))
+    prob = found.pop("prob").view(experts, tokens).T.contiguous()
+    found.pop("bits")
+    return Routing(**found, num_tokens=tokens), prob
 
 
 def expert_choice(
@@ -346,164 +292,3 @@ def test_backward_where_a_row_was_divided_by_the_epsilon(host: ctypes.CDLL) -> N
     eps = torch.finfo(torch.float32).eps
     (expected,) = torch.autograd.grad(wide.softmax(-1)[:, 1:].sum() / eps, wide)
     torch.testing.assert_close(backward(host, grad, logits, routing, True, backwards=False), expected.float())
-
-
-def from_choices(host: ctypes.CDLL, index: Tensor, experts: int) -> dict[str, Tensor]:
-    """The tensors of the op, the same whether threads run in order or in reverse."""
-    (tokens, top_k), slots = index.shape, index.numel()
-    results = []
-    for backwards in (False, True):
-        sizes = {
-            "token": (slots, torch.int32),
-            "choice": (slots, torch.int64),
-            "expert_offsets": (experts + 1, torch.int32),
-            "token_offsets": (tokens + 1, torch.int32),
-            "slot": (slots, torch.int32),
-        }
-        arrays = {name: Guarded(*size) for name, size in sizes.items()}
-        counts = Guarded(host.counts_size(slots, experts), torch.int32)
-        run(
-            host.routing_from_choices_on_host,
-            index.dtype == torch.int64,
-            backwards,
-            pointer(index),
-            slots,
-            top_k,
-            experts,
-            pointer(counts.tensor),
-            (ctypes.c_void_p * 5)(*(a.tensor.data_ptr() for a in arrays.values())),
-        )
-        counts.written()
-        results.append({name: a.written() for name, a in arrays.items()})
-    for name, tensor in results[0].items():
-        assert tensor.equal(results[1][name]), f"{name} depends on the order of threads"
-    return results[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "kind"),
-    [
-        (1, 1, 1, "random"),
-        (1, 128, 8, "random"),
-        (32, 4, 8, "any"),  # as many as one warp takes; the same expert several times
-        (33, 4, 8, "any"),  # one token more
-        (256, 300, 8, "random"),  # one chunk; more experts than threads
-        (293, 60, 7, "random"),  # a chunk and 3, in which a token of the first one ends
-        (1_400, 5, 3, "any"),
-        (1_100, 9, 2, "equal"),  # all chose the same
-        (530_000, 2, 1, "any"),  # more chunks than threads
-    ],
-)
-def test_routing_from_choices(
-    host: ctypes.CDLL, tokens: int, experts: int, top_k: int, kind: str, dtype: torch.dtype
-) -> None:
-    if kind == "random":  # no expert twice
-        index = torch.rand(tokens, experts).topk(top_k).indices
-    else:
-        index = torch.randint(0, experts if kind == "any" else 1, (tokens, top_k)) + (kind == "equal") * 3
-    found = from_choices(host, index.to(dtype), experts)
-    number = torch.arange(index.numel(), dtype=torch.float64).view(
-        index.shape
-    )  # a weight that tells the choice
-    token, choice, *offsets, slot = reference.routing_from_choices(index, number, experts, False)
-    names = ("token", "choice", "expert_offsets", "token_offsets", "slot")
-    for name, expected in zip(names, (token, choice.long(), *offsets, slot), strict=True):
-        assert found[name].equal(expected), name
-
-
-@pytest.mark.parametrize(
-    ("wrong", "dtype"),
-    [(-1, torch.int32), (5, torch.int32), (-1, torch.int64), (5, torch.int64), (2**32, torch.int64)],
-)
-@pytest.mark.parametrize("tokens", [3, 1_500])
-def test_choices_of_no_expert_trap(host: ctypes.CDLL, tokens: int, wrong: int, dtype: torch.dtype) -> None:
-    index = torch.zeros(tokens, 2, dtype=dtype)
-    index[-1, 1] = wrong
-    with pytest.raises(RuntimeError, match="trap"):
-        from_choices(host, index, 5)
-
-
-class Part(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("token", "expert_offsets", "rows")),
-        *((name, ctypes.c_int) for name in ("slots", "tokens", "first")),
-    )
-
-
-def merge(host: ctypes.CDLL, parts: list[tuple[Routing, Tensor]], tokens: int) -> dict[str, Tensor]:
-    """The tensors of the op, the same whether threads run in order or in reverse."""
-    experts, slots = parts[0][0].num_experts, sum(len(routing.token) for routing, _ in parts)
-    given, first = (Part * len(parts))(), 0
-    for part, (routing, rows) in zip(given, parts, strict=True):
-        part.token, part.expert_offsets = routing.token.data_ptr(), routing.expert_offsets.data_ptr()
-        part.rows, part.tokens = rows.data_ptr(), len(rows)
-        part.slots, part.first = len(routing.token), first
-        first += part.slots
-    results = []
-    for backwards in (False, True):
-        sizes = {
-            "token": (slots, torch.int32),
-            "order": (slots, torch.int64),
-            "expert_offsets": (experts + 1, torch.int32),
-            "token_offsets": (tokens + 1, torch.int32),
-            "slot": (slots, torch.int32),
-            "bits": (host.bits_size(tokens, experts), torch.int32),
-            "slots": (experts * tokens, torch.int64),
-        }
-        arrays = {name: Guarded(*size) for name, size in sizes.items()}
-        arrays["bits"].tensor.zero_()
-        pointers = (ctypes.c_void_p * 7)(*(a.tensor.data_ptr() for a in arrays.values()))
-        run(host.merge_routings_on_host, backwards, given, len(parts), tokens, experts, slots, pointers)
-        results.append({name: a.written() for name, a in arrays.items()})
-    for name, tensor in results[0].items():
-        assert tensor.equal(results[1][name]), f"{name} depends on the order of threads"
-    return results[0]
-
-
-def parts_of(sizes: list[int], experts: int, tokens: int) -> list[tuple[Routing, Tensor]]:
-    """Routings of so many tokens, each of every second expert and so of few or many slots, and their rows."""
-    rows = torch.randperm(tokens)[: sum(sizes)].split(sizes)
-    parts = []
-    for i, of_part in enumerate(rows):
-        chosen = torch.rand(len(of_part), experts) < (0.2, 0.8)[i % 2]
-        chosen[:, i % 2 :: 2] = False
-        tensors = reference._slots_of(chosen, torch.rand(len(of_part), experts))
-        parts.append((Routing(*tensors, num_tokens=len(of_part)), of_part.sort().values))
-    return parts
-
-
-@pytest.mark.parametrize(
-    ("sizes", "experts", "tokens"),
-    [
-        ([1], 1, 1),
-        ([3, 4], 4, 9),  # rows of no part
-        ([300, 0, 217], 5, 517),  # slots for several blocks; a part of no tokens
-        ([40, 30], 300, 77),  # more experts than threads, some without tokens
-        ([0, 0], 3, 40),  # no slots
-    ],
-)
-def test_merge_routings(host: ctypes.CDLL, sizes: list[int], experts: int, tokens: int) -> None:
-    parts = parts_of(sizes, experts, tokens)
-    found = merge(host, parts, tokens)
-    expert = torch.cat([routing.expert for routing, _ in parts])
-    token = torch.cat([rows[routing.token.long()] for routing, rows in parts])
-    number = torch.arange(len(token), dtype=torch.float64)
-    token, order, *offsets, slot = reference.sort_slots(expert, token, number, experts, tokens)
-    names = ("token", "order", "expert_offsets", "token_offsets", "slot")
-    for name, expected in zip(names, (token, order.long(), *offsets, slot), strict=True):
-        assert found[name].equal(expected), name
-
-
-@pytest.mark.parametrize("wrong", ["row", "negative row", "token", "a row of two parts"])
-def test_rows_that_do_not_fit_trap(host: ctypes.CDLL, wrong: str) -> None:
-    parts = parts_of([20, 30], 4, 50)
-    routing, rows = parts[1]
-    if wrong == "token":
-        routing.token[-1] = 30
-    elif wrong == "a row of two parts":
-        parts[1] = parts[0]
-    else:
-        rows[int(routing.token[-1])] = {"row": 50, "negative row": -1}[wrong]
-    with pytest.raises(RuntimeError, match="trap"):
-        merge(host, parts, 50)
