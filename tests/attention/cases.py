@@ -101,6 +101,20 @@ class AttentionCase:
         generator = torch.Generator().manual_seed(seed + 1)
         return torch.randn(self.heads, generator=generator).to(device=device, dtype=dtype)
 
+    def times(self, factor: int) -> "AttentionCase":
+        """The same case with runs `factor` times longer: of several tiles where the case itself fits one."""
+
+        def longer(match: re.Match[str]) -> str:
+            return str(int(match.group()) * factor)
+
+        return replace(
+            self,
+            rows=tuple(re.sub(r"\d+", longer, row) for row in self.rows),
+            window=self.window and self.window * factor,
+            query_start=self.query_start * factor,
+            num_queries=self.num_queries and self.num_queries * factor,
+        )
+
     def reduced(self, divisor: int = 16, heads: int = 2) -> "AttentionCase":
         """The same case with runs `divisor` times shorter (576 image tokens become 36) and fewer heads."""
 

@@ -1,7 +1,11 @@
-"""One small call of every op that has kernels of its own on a GPU, with gradients, on any device."""
+"""One small call of every op that has kernels of its own on a GPU, with gradients, on any device.
+
+On a GPU it is of several of its tiles, and of attention's kernels for many queries.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from attention.cases import PADDED, AttentionCase
@@ -55,10 +59,20 @@ def runs_on_kernels(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     return resolve(op, "auto", device, dtype) != "reference"
 
 
-def attention_call(
-    device: torch.device, dtype: torch.dtype, rule: str = "mmca", rows: tuple[str, ...] = PADDED
-) -> OpCall:
-    case = AttentionCase("call", "", rule, rows, heads=4, kv_heads=2, head_dim=32)
+def sized(device: torch.device, small: Any, large: Any) -> Any:
+    """The large one on a GPU, whose tiles are of 64 to 256 rows."""
+    return large if device.type == "cuda" else small
+
+
+LONGER = 7  # times attention's rows of 31 tokens
+
+
+def attention_case(rule: str = "mmca", rows: tuple[str, ...] = PADDED) -> AttentionCase:
+    return AttentionCase("call", "", rule, rows, heads=4, kv_heads=2, head_dim=32).times(LONGER)
+
+
+def attention_call(device: torch.device, dtype: torch.dtype, rule: str = "mmca") -> OpCall:
+    case = attention_case(rule)
     spans = case.spans(device)
     q, k, v, _ = case.inputs(dtype, device)
     return OpCall(
@@ -70,13 +84,14 @@ def attention_call(
     )
 
 
-def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: int = 70) -> OpCall:
+def routed_call(device: torch.device, dtype: torch.dtype, router: str) -> OpCall:
+    tokens = sized(device, 70, 700)
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    experts, hidden, intermediate = 4, 64, 48
+    experts, (hidden, intermediate) = 4, sized(device, (64, 48), (320, 272))
     images = torch.tensor([0, tokens // 2, tokens], device=device)
     slots = 2 * experts * (tokens // 6)
     of_text, of_image = torch.arange(tokens, device=device).split([tokens // 2, tokens - tokens // 2])
@@ -104,7 +119,7 @@ def routed_call(device: torch.device, dtype: torch.dtype, router: str, tokens: i
 
 
 def loss_call(device: torch.device, dtype: torch.dtype) -> OpCall:
-    case = LossCase("call", "", 70, 45, 64, 330)
+    case = LossCase("call", "", *sized(device, (70, 45, 64, 330), (1000, 600, 192, 9000)))
     labels = case.labels().to(device)
     leaves = tuple(x.to(device) for x in case.inputs(dtype))
     return OpCall(
@@ -117,7 +132,8 @@ def loss_call(device: torch.device, dtype: torch.dtype) -> OpCall:
 
 
 def merge_call(device: torch.device, dtype: torch.dtype, per_level: str = "") -> OpCall:
-    case = MergeCase("call", "", 3, 2, 37, 64, 40, per_level, views=True)
+    tokens, channels, features = sized(device, (37, 64, 40), (300, 320, 200))
+    case = MergeCase("call", "", 3, 2, tokens, channels, features, per_level, views=True)
     levels, parameters = case.inputs(dtype)
     names, count = tuple(parameters), len(levels)
 
@@ -130,7 +146,8 @@ def merge_call(device: torch.device, dtype: torch.dtype, per_level: str = "") ->
 
 def placement_call(device: torch.device, dtype: torch.dtype, op: str) -> OpCall:
     size = None if op == "add" else (500, 700)
-    case = PlacementCase("call", "", op, 2, 0 if op == "pack" else 5, 40, 6, size)
+    width = sized(device, 40, 2100)
+    case = PlacementCase("call", "", op, 2, 0 if op == "pack" else 5, width, 6, size)
     mask = case.image_mask().to(device)
     index = case.index()
     index = None if index is None else index.to(device)
@@ -147,7 +164,8 @@ def placement_call(device: torch.device, dtype: torch.dtype, op: str) -> OpCall:
 
 
 def local_call(device: torch.device, dtype: torch.dtype) -> OpCall:
-    case = LocalCase("call", "", 2, 3, 32, (4, 3), (1, 3, 2), masked=True)
+    grid = sized(device, (4, 3), (24, 20))
+    case = LocalCase("call", "", 2, 3, 32, grid, (1, 3, 2), masked=True)
     query, keys, values = case.inputs(dtype)
     masks = [mask.to(device) for mask in case.masks()]
     count = len(keys)
@@ -197,7 +215,8 @@ def resample_call(device: torch.device, dtype: torch.dtype) -> OpCall:
 
 def gating_call(device: torch.device, dtype: torch.dtype, gated: bool = True) -> OpCall:
     generator = torch.Generator().manual_seed(3)
-    gate, up = torch.randn(2, 90, 2 * 130, generator=generator).to(device, dtype).chunk(2, dim=-1)
+    rows, width = sized(device, (90, 130), (900, 1300))
+    gate, up = torch.randn(2, rows, 2 * width, generator=generator).to(device, dtype).chunk(2, dim=-1)
     return OpCall(
         "gated_activation",
         lambda gate, *up: gated_activation(gate, up[0] if up else None, "silu" if gated else "quick_gelu"),
@@ -207,7 +226,8 @@ def gating_call(device: torch.device, dtype: torch.dtype, gated: bool = True) ->
 
 def norm_call(device: torch.device, dtype: torch.dtype, unit_offset: bool = False) -> OpCall:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, 40, 3, 96, generator=generator).to(device, dtype).transpose(1, 2)
+    rows = sized(device, 40, 4000)  # more than programs have one each
+    x = torch.randn(2, rows, 3, 96, generator=generator).to(device, dtype).transpose(1, 2)
     weight = torch.randn(96, generator=generator).to(device, dtype)
     return OpCall("rms_norm", lambda x, weight: rms_norm(x, weight, 1e-6, unit_offset), (x, weight))
 

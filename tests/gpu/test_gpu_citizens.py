@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from attention.cases import PACKED, PADDED, AttentionCase
-from gpu.calls import CALLS, OpCall, attention_call, loss_call, routed_call
+from gpu.calls import CALLS, LONGER, OpCall, attention_call, attention_case, loss_call, routed_call, sized
+from pyvlm.triton_kernels.attention import default_config
 from tolerance import assert_conforms
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -124,7 +125,7 @@ def test_a_captured_graph_replays_on_new_inputs(name: str, device: torch.device)
 def test_a_captured_graph_sees_new_ranges(device: torch.device) -> None:
     """Who sees whom is data: other documents and images, the same graph."""
     call = attention_call(device, torch.bfloat16)
-    other = AttentionCase("other", "", "mmca", ("i3 t1 i20 t7", "t31", "t2 i1 t2 i1 t20 p5")).spans(device)
+    other = attention_case(rows=("i3 t1 i20 t7", "t31", "t2 i1 t2 i1 t20 p5")).spans(device)
     torch.use_deterministic_algorithms(False)
 
     def change() -> None:
@@ -153,18 +154,33 @@ def triton_compilations() -> Iterator[list[str]]:
         yield names
 
 
-RANGES = (
-    ("mmca", PADDED, {}),
-    ("mmca", PACKED[:1] * 3, {"window": 3}),
-    ("mmca_released", ("t31", "i31", "p31"), {}),
-    ("mmca_image", ("i3 t1 | t20 i4 p3",) * 3, {}),
-)
+RANGES = {
+    "two softmaxes": (
+        ("mmca", PADDED, {}),
+        ("mmca", PACKED[:1] * 3, {"window": 3}),
+        ("mmca_released", ("t31", "i31", "p31"), {}),
+        ("mmca_image", ("i3 t1 | t20 i4 p3",) * 3, {}),
+    ),
+    "one range": (
+        ("causal", PADDED, {}),
+        ("causal", PACKED[:1] * 3, {"window": 3}),
+        ("bidirectional_image", ("t31", "i31", "p31"), {}),
+        ("prefix", ("I9 T4 t18",) * 3, {}),
+    ),
+    "two ranges": (
+        ("all_images", PADDED, {}),
+        ("all_images", PACKED[:1] * 3, {"window": 3}),
+        ("all_images", ("t31", "i31", "p31"), {}),
+    ),
+}
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_all_ranges_changed_compile_nothing_new(device: torch.device) -> None:
+@pytest.mark.parametrize("kind", RANGES)
+def test_all_ranges_changed_compile_nothing_new(kind: str, device: torch.device) -> None:
     """Neither torch.compile nor Triton: rules, images, documents, padding and windows are run-time data."""
     counter = CompileCounterWithBackend("aot_eager")
+    ranges = RANGES[kind]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, spans: Any) -> Tensor:
         return span_attention(q, k, v, spans)
@@ -172,29 +188,44 @@ def test_all_ranges_changed_compile_nothing_new(device: torch.device) -> None:
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
 
     def run(index: int) -> None:
-        rule, rows, options = RANGES[index]
-        case = AttentionCase("any", "", rule, rows, **options)
-        q, k, v, _ = case.inputs(torch.bfloat16, device)
+        rule, rows, options = ranges[index]
+        case = AttentionCase("any", "", rule, rows, **options).times(LONGER)
+        q, k, v, cotangent = case.inputs(torch.bfloat16, device)
         spans = case.spans(device)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = span_attention(*leaves, spans)
-        torch.autograd.grad(out.float().sum(), leaves)
-        with torch.no_grad():
-            assert compiled(q, k, v, spans).equal(out)
+        outs = [attention(*leaves, spans) for attention in (span_attention, compiled)]
+        grads = [torch.autograd.grad(out, leaves, cotangent) for out in outs]
+        for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+            assert a.equal(b)
 
     run(0)
     if device.type == "cpu":
-        for index in range(1, len(RANGES)):
+        for index in range(1, len(ranges)):
             run(index)
     else:
         with triton_compilations() as names:
-            for index in range(1, len(RANGES)):
+            for index in range(1, len(ranges)):
                 run(index)
         assert names == []
         with triton_compilations() as names:  # that it would be seen: another dtype is another kernel
             attention_call(device, torch.float16).results()
         assert names
     assert counter.frame_count == 1
+
+
+def test_these_are_not_attentions_few_queries() -> None:
+    """Which have a kernel of their own: that for many would go untested."""
+    few = max(
+        default_config(head_dim, dtype, capability).decode_rows
+        for head_dim in (64, 128, 256)
+        for dtype in (torch.float32, torch.bfloat16)
+        for capability in ((8, 0), (9, 0), (10, 0))
+    )
+    cases = [
+        AttentionCase("", "", rule, rows).times(LONGER) for of in RANGES.values() for rule, rows, _ in of
+    ]
+    for case in (attention_case(), *cases):
+        assert case.length * case.heads // case.kv_heads > few
 
 
 @contextmanager
@@ -269,10 +300,20 @@ def test_the_same_bits_twice(name: str, device: torch.device) -> None:
             assert a.equal(b)
 
 
-@pytest.mark.parametrize("rule", ["causal", "mmca", "mmca_image", "bidirectional_image", "all_images"])
-def test_a_row_of_attention_depends_on_nothing_that_it_does_not_see(rule: str, device: torch.device) -> None:
-    row = "t90 i110 t40 i60 t20 p10" if device.type == "cuda" else "t9 i11 t4 i6 t2 p1"
-    case = AttentionCase("long", "", rule, (row,), head_dim=64)
+SEEN = (
+    *((rule, "t9 i11 t4 i6 t2 p1", None) for rule in ("causal", "mmca", "mmca_released", "mmca_image")),
+    *((rule, "t9 i11 t4 i6 t2 p1", None) for rule in ("bidirectional_image", "all_images")),
+    *((rule, "t9 i11 | t4 i6 t2 p1", None) for rule in ("mmca", "bidirectional_image", "bidirectional")),
+    *((rule, "t9 i11 t4 i6 t2 p1", 5) for rule in ("causal", "mmca", "bidirectional_image")),
+    ("prefix", "I9 T4 t14 p3", None),
+)
+
+
+@pytest.mark.parametrize(("rule", "row", "window"), SEEN)
+def test_a_row_of_attention_depends_on_nothing_that_it_does_not_see(
+    rule: str, row: str, window: int | None, device: torch.device
+) -> None:
+    case = AttentionCase("seen", "", rule, (row,), head_dim=64, window=window).times(sized(device, 1, 10))
     q, k, v, cotangent = case.inputs(torch.bfloat16, device)
     spans = case.spans(device)
     sees = spans.dense().any(1)
@@ -297,7 +338,7 @@ def test_a_row_of_experts_depends_on_its_own_token_or_image(device: torch.device
     groups = torch.tensor([0, half, len(logits)], device=device)
     routers = {
         "token choice": lambda logits: token_choice(logits, 2),
-        "expert choice": lambda logits: expert_choice(logits, 9, groups),
+        "expert choice": lambda logits: expert_choice(logits, half // 4, groups),
     }
     for name, router in routers.items():
         first, second = torch.randn_like(logits), torch.randn_like(logits)

@@ -15,7 +15,7 @@ import torch
 from attention.cases import SMALL_CASES, AttentionCase
 from attention.checks import assert_results_close
 from conformance import Case
-from gpu.calls import CALLS, runs_on_kernels
+from gpu.calls import CALLS, LONGER, runs_on_kernels
 from gpu.devices import on
 from moe.moe_helpers import check_lists
 from tolerance import assert_close
@@ -71,16 +71,20 @@ def test_every_case(family: str, case: str, dtype: str, device: torch.device) ->
         assert problem is None, f"{name}: {problem}"
 
 
-def few(items: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    return items if device.type == "cuda" else items[:: max(1, len(items) // 3)]
+def attention_cases() -> Iterator[Any]:
+    """As they are, most of which few queries' kernel serves, and of several tiles."""
+    for factor in (1, LONGER):
+        for device, chosen in (("cpu", SMALL_CASES[:: len(SMALL_CASES) // 3]), ("cuda", SMALL_CASES)):
+            for case in chosen:
+                yield on(device, case.times(factor), name=f"-{case.name}-times-{factor}")
 
 
 @pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
-def test_attention_with_lse_and_sinks(dtype: str, device: torch.device) -> None:
-    for case in few(SMALL_CASES, device):
-        q, k, v, _ = case.inputs(DTYPES[dtype], device)
-        sinks = case.sink_scores(DTYPES[dtype], device)
-        assert_results_close("auto", q, k, v, case.spans(device), case.scale, case.softcap, sinks)
+@pytest.mark.parametrize(("device", "case"), list(attention_cases()))
+def test_attention_with_lse_and_sinks(case: AttentionCase, dtype: str, device: torch.device) -> None:
+    q, k, v, _ = case.inputs(DTYPES[dtype], device)
+    sinks = case.sink_scores(DTYPES[dtype], device)
+    assert_results_close("auto", q, k, v, case.spans(device), case.scale, case.softcap, sinks)
 
 
 # Tiles are chosen by the head dimension, up to 64, 128 and 256; 72 and 96 are padded.
