@@ -73,6 +73,7 @@ class TestAims:
         assert verdict(made, f"{case} D128 backward") == (MISSED, pytest.approx(250))
         assert verdict(made, f"{case} forward, times as fast as Flex") == (MISSED, pytest.approx(1.5))
         assert verdict(made, f"{case} forward+backward, times as fast") == (MET, pytest.approx(2.5))
+        assert verdict(made, f"{case} backward, times as fast as Flex") == (MET, pytest.approx(2.7))
         assert verdict(made, f"{case} forward, of cuDNN") == (MISSED, pytest.approx(0.5))
         assert verdict(made, f"{case} forward+backward, of cuDNN") == (NOT_MEASURED, None)
 
@@ -85,8 +86,9 @@ class TestAims:
             assert verdict(made, "mmca-8k forward, times as long")[0] == expected
 
     def test_experts_copies_and_memory(self):
+        experts = {"pyvlm": 1.0, "glue": 1.5, "compile": 0.9, "grouped_mm": 2.0}
         made = document(
-            record("moe", "moe-llava", FORWARD, {"pyvlm": 1.0, "glue": 1.5, "compile": 0.9}, cublas_s=0.9),
+            record("moe", "moe-llava", FORWARD, experts, cublas_s=0.9),
             record("placement", "place", FORWARD, {"pyvlm": 1e-3}),
             record("routing", "expert-choice", FORWARD, {"pyvlm": 1e-3}),
             record("moe", "expert-choice", FORWARD, {"pyvlm": 0.05}),
@@ -95,6 +97,15 @@ class TestAims:
         assert verdict(made, "experts moe-llava forward, times") == (MISSED, pytest.approx(0.9))
         assert verdict(made, "place_image_tokens forward, of copy") == (MET, pytest.approx(0.8))
         assert verdict(made, "expert choice, of the time") == (MISSED, pytest.approx(0.02))
+
+    def test_nothing_is_met_where_a_peer_is_missing(self):
+        """It may be the fastest."""
+        for missing in ({}, {"flex": {"status": "unavailable", "detail": "OutOfMemoryError"}}):
+            made = record("attention", "short-1k", FORWARD, {"pyvlm": 1e-3, "sdpa": 2e-3})
+            made["providers"] |= missing
+            assert verdict(document(made), "short-1k forward, times") == (NOT_MEASURED, None)
+        made = record("attention", "short-1k", FORWARD, {"pyvlm": 1e-3, "sdpa": 2e-3, "flex": 3e-3})
+        assert verdict(document(made), "short-1k forward, times") == (MET, pytest.approx(2))
 
     def test_nothing_is_met_by_a_dry_run_or_by_nothing(self):
         own = record("placement", "place", FORWARD, {"pyvlm": 1e-9})
@@ -369,3 +380,13 @@ def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):
     )
     assert samples == {"a": [7e-3]}
     assert order[-5:] == ["sweep", "record", "a", "record", "synchronize"]
+
+
+def test_the_readme_tells_what_is_measured_and_what_is_not():
+    """While there is nothing under benchmarks/results, every row says so."""
+    text = (runner.ROOT / "README.md").read_text()
+    table = text[text.index("### On a GPU") :].split("\n\n")[2]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    assert len(rows) == 8
+    if not list((runner.ROOT / "benchmarks" / "results").glob("*/*.json")):
+        assert {row[-1].strip() for row in rows} == {NOT_MEASURED}
