@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from attention.cases import CASES, AttentionCase
 from attention.plain import plain_attention
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention, or_masks
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention, or_masks
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness.workload import (
@@ -126,14 +126,8 @@ def _sdpa(work: Workload) -> Function:
     return run
 
 
-def _flex(work: Workload) -> Function:
-    """FlexAttention compiled for this shape, its block mask made beforehand; one call a stream, summed."""
-    mask = work.payload
-    spans = mask.spans
-    if mask.softcap is not None:
-        raise Unavailable("the softcap would be a score_mod; not written here")
-    if mask.sinks is not None:
-        raise Unavailable("the sinks would be another scaling of the output; not written here")
+def flex_masks(spans: AttentionSpans) -> list[BlockMask]:
+    """FlexAttention's block masks, one a softmax; what it reads for a pair are integers, no dense mask."""
     lo_RBQ, hi_RBQ = (bound.movedim(2, 0).contiguous() for bound in spans.bounds.unbind(-1))
 
     def mask_mod(r: int) -> Callable[..., Tensor]:
@@ -144,11 +138,19 @@ def _flex(work: Workload) -> Function:
     mods = [mask_mod(r) for r in range(len(spans.range_classes))]
     if not spans.separate:
         mods = [or_masks(*mods)]
-    q_BHQD, k_BGKD, _ = work.inputs
-    block_masks = [
-        create_block_mask(mod, len(q_BHQD), None, q_BHQD.shape[2], k_BGKD.shape[2], work.device)
-        for mod in mods
-    ]
+    batch, queries = lo_RBQ.shape[1:]
+    keys = spans.key_class.shape[1]
+    return [create_block_mask(mod, batch, None, queries, keys, spans.bounds.device) for mod in mods]
+
+
+def _flex(work: Workload) -> Function:
+    """FlexAttention compiled for this shape, its block mask made beforehand; one call a stream, summed."""
+    mask = work.payload
+    if mask.softcap is not None:
+        raise Unavailable("the softcap would be a score_mod; not written here")
+    if mask.sinks is not None:
+        raise Unavailable("the sinks would be another scaling of the output; not written here")
+    block_masks = flex_masks(mask.spans)
     torch._dynamo.reset()  # else the earlier workloads' compilations count towards the recompilation limit
     compiled = torch.compile(flex_attention, dynamic=False)
 

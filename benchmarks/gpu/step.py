@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from attention.cases import DIALOGUE, AttentionCase
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.attention import flex_masks
 from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, peak_memory, summary
 from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record, check_device
@@ -53,15 +54,7 @@ def by_dense_masks(spans: AttentionSpans) -> Attend:
 
 
 def by_flex(spans: AttentionSpans) -> Attend:
-    dense_BRQK = spans.dense() if spans.separate else spans.dense().any(1, keepdim=True)
-    batch, _, queries, keys = dense_BRQK.shape
-
-    def block_mask(seen_BQK: Tensor) -> Any:
-        return create_block_mask(
-            lambda b, h, i, j: seen_BQK[b, i, j], batch, None, queries, keys, seen_BQK.device
-        )
-
-    masks = [block_mask(seen) for seen in dense_BRQK.unbind(1)]
+    masks = flex_masks(spans)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
