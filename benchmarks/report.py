@@ -1,5 +1,7 @@
 """`python -m benchmarks.report` draws the results of GPUs: how near the machine's limits, and beside whom.
 
+Parts that were measured one by one come together here, with the table of aims.
+
 Roofline after Williams, Waterman and Patterson (Communications of the ACM 52(4), 2009).
 """
 
@@ -10,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.aims import judge
+from benchmarks.gpu.summary import summary
 from benchmarks.harness.run import TIMED
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,27 +21,48 @@ OWN = "pyvlm"
 _MARKERS = "osD^v<>P"
 
 
-def newest(folder: Path = RESULTS) -> list[Path]:
-    """The newest result of every GPU: files are named by their date."""
-    return [max(gpu.glob("*.json")) for gpu in sorted(folder.glob("*")) if any(gpu.glob("*.json"))]
+def newest(folder: Path = RESULTS) -> list[list[Path]]:
+    """Of every GPU the newest result, and the earlier ones of its commit: files are named by their date."""
+    runs = []
+    for gpu in sorted(folder.glob("*")):
+        paths = sorted(gpu.glob("*.json"))
+        if paths:
+            commit = _commit(paths[-1])
+            earlier = [path for path in paths[:-1] if commit is not None and _commit(path) == commit]
+            runs.append([*earlier, paths[-1]])
+    return runs
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A result as `python -m benchmarks.gpu` wrote it.
+def _commit(path: Path) -> str | None:
+    """None where nobody can tell what was measured."""
+    document = json.loads(path.read_text())
+    changed = document["dry_run"] or document["machine"]["git_changes"]
+    return None if changed else document["machine"]["git_sha"]
+
+
+def load(paths: Sequence[Path]) -> dict[str, Any]:
+    """A result as `python -m benchmarks.gpu` wrote it, or several, oldest first, as one.
+
+    Each part is the newest one that measured something, whole: what is compared was measured in one run.
 
     Raises:
-        ValueError: it is of a dry run, or holds nothing that was timed.
+        ValueError: one is of a dry run, or together they hold nothing that was timed.
     """
-    document = json.loads(path.read_text())
-    if document["dry_run"]:
+    documents = [json.loads(path.read_text()) for path in paths]
+    parts: dict[str, Any] = {}
+    for path, document in zip(paths, documents, strict=True):
+        if document["dry_run"]:
+            raise ValueError(
+                f"{path} is of a dry run, whose times say nothing; give the result of a run on a GPU"
+            )
+        found = document["parts"].items()
+        parts |= {name: part for name, part in found if part.get("records") or name not in parts}
+    whole: dict[str, Any] = documents[-1] | {"parts": parts}
+    if not timed(whole):
         raise ValueError(
-            f"{path} is of a dry run, whose times say nothing; give the result of a run on a GPU"
+            f"{paths[-1]} holds no timed record; run python -m benchmarks.gpu with more parts or minutes"
         )
-    if not timed(document):
-        raise ValueError(
-            f"{path} holds no timed record; run python -m benchmarks.gpu with more parts or minutes"
-        )
-    return document
+    return whole | {"aims": judge(whole)}
 
 
 def timed(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,22 +161,28 @@ def _panel(axes: Any, op: str, records: list[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "results", nargs="*", type=Path, help="JSON files; the newest of every GPU where none is given"
+        "results",
+        nargs="*",
+        type=Path,
+        help="JSON files of one GPU, oldest first, which are taken together; where none is given, for every "
+        "GPU its newest and those of the same commit",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside each result")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside the newest result")
     options = parser.parse_args(arguments)
-    paths = options.results or newest()
-    if not paths:
+    runs = [options.results] if options.results else newest()
+    if not runs:
         parser.error(f"no results in {RESULTS}; python -m benchmarks.gpu on a GPU writes them")
-    for path in paths:
+    for paths in runs:
         try:
-            document = load(path)
+            document = load(paths)
         except ValueError as error:
             parser.error(str(error))
-        folder = options.out or path.parent
+        folder = options.out or paths[-1].parent
         for name, draw in (("roofline.png", draw_roofline), ("bars.png", draw_bars)):
             draw(document, folder / name)
             print(f"wrote {folder / name}")
+        (folder / "summary.md").write_text(summary(document))
+        print(f"wrote {folder / 'summary.md'}")
     return 0
 
 

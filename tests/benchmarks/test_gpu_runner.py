@@ -165,10 +165,39 @@ class TestSummaryAndReport:
         path = tmp_path / "a-gpu" / "result.json"
         path.parent.mkdir()
         path.write_text(json.dumps(self.made))
-        assert report.newest(tmp_path) == [path]
+        assert report.newest(tmp_path) == [[path]]
         assert report.main([str(path)]) == 0
         for name in ("roofline.png", "bars.png"):
             assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+        assert (path.parent / "summary.md").read_text() == summary(self.made)
+
+    def test_parts_of_one_commit_come_together(self, tmp_path):
+        def parts(slow: float, sha: str, names: tuple[str, ...], changes: bool = False) -> dict[str, Any]:
+            machine = MACHINE | {"git_sha": sha, "git_changes": changes}
+            of_part = {
+                name: {
+                    "status": "done",
+                    "seconds": 1.0,
+                    "records": [record("placement", name, FORWARD, {"pyvlm": 1e-3 * slow})],
+                }
+                for name in names
+            }
+            return document() | {"machine": machine, "parts": of_part}
+
+        files = {
+            "1": parts(7, "older", ("place", "add")),
+            "2": parts(2, "newer", ("place", "add")),
+            "3": parts(5, "newer", ("add",), changes=True),
+            "4": parts(1, "newer", ("place",)),
+        }
+        (tmp_path / "gpu").mkdir()
+        for name, made in files.items():
+            (tmp_path / "gpu" / f"{name}.json").write_text(json.dumps(made))
+        (paths,) = report.newest(tmp_path)
+        assert [path.stem for path in paths] == ["2", "4"]
+        made = report.load(paths)
+        assert verdict(made, "place_image_tokens forward,") == (MET, pytest.approx(0.8))
+        assert verdict(made, "add_at_image_tokens forward,") == (MISSED, pytest.approx(0.4))
 
     @pytest.mark.parametrize(
         ("made", "reason"), [(document(dry_run=True), "dry run"), (document(), "no timed record")]
