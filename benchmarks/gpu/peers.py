@@ -11,7 +11,7 @@ from attention.plain import plain_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import grids, resample, routing
+from benchmarks import fusion, grids, moe, placement, resample, routing
 from benchmarks.harness.workload import Function, Operation, Provider, Unavailable, Workload
 
 _MOST_SCORES = 8 * 2**30  # bytes of one dense matrix of scores that the compiled eager form may make
@@ -94,7 +94,7 @@ def _compiled_glue(work: Workload) -> Function:
     return torch.compile(_glue(work))
 
 
-def _compiled(operation: Operation, name: str) -> Provider:
+def _compiled(operation: Operation, name: str, called: str = "compile") -> Provider:
     """One of an op's peers, compiled."""
     (eager,) = (provider for provider in operation.providers if provider.name == name)
 
@@ -102,7 +102,7 @@ def _compiled(operation: Operation, name: str) -> Provider:
         torch.compiler.reset()
         return torch.compile(eager.build(work))
 
-    return Provider("compile", build)
+    return Provider(called, build)
 
 
 def _liger(work: Workload) -> Function:
@@ -122,7 +122,13 @@ _PEERS: dict[str, tuple[Provider, ...]] = {
         Provider("cudnn", _cudnn),
         Provider("compile", _compiled_attention),
     ),
-    "moe": (Provider("glue", _glue), Provider("compile", _compiled_glue)),
+    "moe": (
+        Provider("glue", _glue),
+        Provider("compile", _compiled_glue),
+        _compiled(moe.OPERATION, "grouped_mm", "compile grouped_mm"),
+    ),
+    "fusion": (_compiled(fusion.OPERATION, "collapse", "compile collapse"),),
+    "placement": (_compiled(placement.OPERATION, "index_copy", "compile index_copy"),),
     "routing": (_compiled(routing.OPERATION, "eager"),),
     "grids": (_compiled(grids.OPERATION, "concatenated"),),
     "resample": (_compiled(resample.OPERATION, "eager"),),
