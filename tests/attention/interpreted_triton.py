@@ -11,7 +11,7 @@ from dataclasses import replace
 import conformance
 import pytest
 import torch
-from attention.cases import SMALL_CASES, AttentionCase
+from attention.cases import LARGE_CASES, SMALL_CASES, AttentionCase
 from attention.checks import assert_results_close
 from attention.plain import plain_attention
 from attention.random_inputs import random_qkv, random_spans
@@ -77,10 +77,14 @@ def test_auto_stays_native() -> None:
     assert resolve("span_attention", "auto", torch.device("cpu")) == "native"
 
 
+# Runs 64 times shorter: of images of nine tokens.
+SHARED_CASES = [*SMALL_CASES, *(case.reduced(64) for case in LARGE_CASES)]
+
+
 def dtypes_and_configs() -> list[object]:
     """Each case in one dtype, by tensor descriptors or by pointers: neighbours differ in both."""
     parameters = []
-    for i, case in enumerate(SMALL_CASES):
+    for i, case in enumerate(SHARED_CASES):
         dtype, config = DTYPES[i % 3], (CONFIG, POINTERS)[i // 3 % 2]
         if case.length > 200:
             forward = replace(config.forward, queries=64, keys=32)
@@ -158,11 +162,27 @@ def test_split_keys(dtype: torch.dtype, ranges: int, separate: bool, monkeypatch
         assert_close(*values, name)
 
 
-def test_split_keys_by_the_decode_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_queries() -> list[object]:
+    """The cases that the kernel for few queries takes, each in one dtype."""
+    parameters = []
+    for i, case in enumerate(SHARED_CASES):
+        spans = case.spans()
+        streams = spans.bounds.shape[2] if spans.separate else 1
+        if streams * case.heads // case.kv_heads * spans.bounds.shape[1] <= DECODE.decode_rows:
+            parameters.append(pytest.param(case, DTYPES[i % 3], id=f"{case.name}-{DTYPES[i % 3]}"))
+    assert len(parameters) > 30
+    return parameters
+
+
+@pytest.mark.parametrize(("case", "dtype"), few_queries())
+def test_shared_cases_by_split_keys(
+    case: AttentionCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(monkeypatch, DECODE)
-    case = next(case for case in SMALL_CASES if case.name == "decode")
-    q, k, v, _ = case.inputs(torch.bfloat16)
-    assert_results_close("triton", q, k, v, case.spans())
+    monkeypatch.setattr(triton_attention, "forward_kernel", None)  # that for many, which would fail
+    q, k, v, _ = case.inputs(dtype)
+    sinks = case.sink_scores(dtype)
+    assert_results_close("triton", q, k, v, case.spans(), case.scale, case.softcap, sinks)
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 8, 72, 80, 128, 192])

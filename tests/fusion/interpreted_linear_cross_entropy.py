@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusion.loss_cases import SMALL_CASES, LossCase
+from fusion.loss_cases import LARGE_CASES, SMALL_CASES, LossCase
 from pyvlm.triton_kernels import loss
 from pyvlm.triton_kernels.common import INTERPRETED
 from pyvlm.triton_kernels.loss import Config, Tiles
@@ -35,11 +35,12 @@ OPTIONS = {
     "all": {"softcap": 2.0, "label_smoothing": 0.1, "z_loss": 0.05, "mean": False},
 }
 NAMES = ("loss", "hidden", "weight", "bias")
+SHARED_CASES = [*SMALL_CASES, *(case.reduced() for case in LARGE_CASES)]
 # Thousands of rows or words take the interpreter too long: fewer still make several tiles and blocks, of the
 # default 64 rows and 512 words as of the small 16 and 64.
 CASES = [
     replace(case, tokens=min(case.tokens, 80), labeled=min(case.labeled, 70), words=min(case.words, 600))
-    for case in SMALL_CASES
+    for case in SHARED_CASES
 ]
 SMALLER = [
     replace(
@@ -49,7 +50,7 @@ SMALLER = [
         hidden=min(case.hidden, 70),
         words=min(case.words, 200),
     )
-    for case in SMALL_CASES
+    for case in SHARED_CASES
 ]
 BY_NAME = {case.name: case for case in SMALLER}
 

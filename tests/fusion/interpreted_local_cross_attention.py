@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion.cross_attention_cases import SMALL_CASES, LocalCase
+from fusion.cross_attention_cases import LARGE_CASES, SMALL_CASES, LocalCase
 from pyvlm.triton_kernels import cross_attention
 from pyvlm.triton_kernels.common import INTERPRETED
 from pyvlm.triton_kernels.cross_attention import TILES, Tiles
@@ -101,8 +101,11 @@ def test_every_dtype(case: LocalCase, dtype: torch.dtype) -> None:
     assert_right(case, dtype)
 
 
+SIZES = [*SMALL_CASES, *(case.reduced() for case in LARGE_CASES)]
+
+
 @pytest.mark.parametrize(
-    "case", [case for case in SMALL_CASES if case.name != "one-key"], ids=lambda case: case.name
+    "case", [case for case in SIZES if case.name != "one-key"], ids=lambda case: case.name
 )
 def test_sizes(case: LocalCase) -> None:
     assert_right(replace(case, images=min(case.images, 2), heads=min(case.heads, 2)), torch.float32)

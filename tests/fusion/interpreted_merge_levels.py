@@ -13,7 +13,7 @@ from typing import Any
 import memory_checks
 import pytest
 import torch
-from fusion.fusion_cases import SMALL_CASES, MergeCase
+from fusion.fusion_cases import LARGE_CASES, SMALL_CASES, MergeCase
 from pyvlm.triton_kernels import fusion
 from pyvlm.triton_kernels.common import INTERPRETED
 from pyvlm.triton_kernels.fusion import Config, Tiles
@@ -142,10 +142,13 @@ def assert_right(problem: Problem) -> None:
         assert_close(value, expected[name], plain[name], name, terms)
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+SHARED_CASES = [*SMALL_CASES, *(case.reduced() for case in LARGE_CASES)]
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
 def test_shared_cases(case: MergeCase) -> None:
     """Each in one dtype: neighbours differ."""
-    dtype = DTYPES[SMALL_CASES.index(case) % 3]
+    dtype = DTYPES[SHARED_CASES.index(case) % 3]
     levels, parameters = shortened(case).inputs(dtype)
     assert_right(Problem(levels, parameters))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from memory_checks import races_allowed
-from moe.cases import SMALL_CASES, ExpertCase
+from moe.cases import LARGE_CASES, SMALL_CASES, ExpertCase
 from moe_helpers import random_layer
 from pyvlm.triton_kernels import moe
 from pyvlm.triton_kernels.common import INTERPRETED
@@ -167,10 +167,13 @@ def test_every_dtype_with_the_default_tiles(dtype: torch.dtype) -> None:
     assert_right(problem_of(routed(70, 3), 72, 40, dtype, biases=True, config=None))
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+SHARED_CASES = [*SMALL_CASES, *(case.reduced() for case in LARGE_CASES)]
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=lambda case: case.name)
 def test_shared_cases(case: ExpertCase) -> None:
     """Each in one dtype and by one way of loading; fewer tokens and narrower, for the interpreter is slow."""
-    index = SMALL_CASES.index(case)
+    index = SHARED_CASES.index(case)
     sizes = {"tokens": min(case.tokens, 34), "hidden": min(case.hidden, 41)}
     case = replace(case, **sizes, intermediate=min(case.intermediate, 35))
     leaves = dict(zip(("x", "gate_up", "down"), case.inputs(DTYPES[index % 3]), strict=True))
