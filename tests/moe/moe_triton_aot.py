@@ -32,6 +32,7 @@ class Call:
     dtype: torch.dtype = torch.bfloat16
     tokens: int = 4096
     kernels: tuple[str, ...] = PRODUCTS
+    biases: bool = True
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
@@ -39,7 +40,9 @@ class Call:
         return () if few or self.dtype == torch.float32 else tuple(name.split()[0] for name in PRODUCTS)
 
     def name(self, kernel: str) -> str:
-        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} I{self.intermediate} T{self.tokens}"
+        biases = "" if self.biases else " no biases"
+        sizes = f"I{self.intermediate} T{self.tokens}"
+        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} {sizes}{biases}"
 
     def launches(self, tokens: int | None = None, slots: int | None = None, experts: int = 8) -> list[Launch]:
         """The launches of one forward and backward."""
@@ -66,12 +69,13 @@ class Call:
             empty(experts, hidden, self.intermediate),
             "silu",
             True,
-            empty(experts, up_rows),
-            empty(experts, hidden),
+            empty(experts, up_rows) if self.biases else None,
+            empty(experts, hidden) if self.biases else None,
         )
+        needs = [True] * 4 + [self.biases] * 2
         with recorded(moe, self.architecture) as recorded_launches:
             y, pre_activation = moe.expert_mlp(x, *routing, *layer, True)
-            moe.expert_mlp_backward(y, x, pre_activation, *routing, *layer, [True] * 6)
+            moe.expert_mlp_backward(y, x, pre_activation, *routing, *layer, needs)
         return recorded_launches
 
 
@@ -81,6 +85,8 @@ CALLS = (
     *(Call(architecture, kernels=OTHERS) for architecture in ARCHITECTURES),
     *(Call(architecture, tokens=8) for architecture in ARCHITECTURES),
     Call(90, dtype=torch.float32, tokens=8),
+    Call(90, intermediate=5504, biases=False),  # MoE-LLaVA's and Mixtral's kind, which benchmarks measure
+    Call(90, intermediate=5504, biases=False, tokens=8),
 )
 
 if __name__ == "__main__":
