@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes
     for i, part in enumerate(parts):
-        shares = [SHARES[name] for name in parts[i:]]
+        # What is built too late leaves less to the others, but without it they have nothing to run.
+        shares = [SHARES[part]] if part == "build" else [SHARES[name] for name in parts[i:]]
         seconds = max(0.0, ends - time.monotonic()) * shares[0] / sum(shares)
         print(f"\n== {part}: up to {seconds:.0f} s", flush=True)
         # Beside the results until it has ended: who ends this process has what was measured.

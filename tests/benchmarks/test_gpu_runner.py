@@ -212,6 +212,21 @@ class TestSummaryAndReport:
 
 
 class TestRunner:
+    def test_the_build_may_take_all_the_time_and_the_others_share_what_is_left(self, monkeypatch, tmp_path):
+        given = {}
+
+        def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+            given[part] = seconds
+            return {"status": "done", "seconds": 0.0, "records": []}
+
+        monkeypatch.setattr(runner, "run_part", run_part)
+        parts = ["--parts", "build,attention,moe", "--minutes", "2"]
+        assert runner.main(["--dry-run", *parts, "--out", str(tmp_path)]) == 0
+        share = runner.SHARES["attention"] / (runner.SHARES["attention"] + runner.SHARES["moe"])
+        assert given["build"] == pytest.approx(120, rel=0.01)
+        assert given["attention"] == pytest.approx(120 * share, rel=0.02)
+        assert given["moe"] == pytest.approx(120, rel=0.02)
+
     def test_a_dry_run_of_a_part_writes_one_json_and_a_table(self, tmp_path):
         assert runner.main(["--dry-run", "--parts", "build,limits", "--out", str(tmp_path)]) == 0
         (path,) = tmp_path.glob("*.json")
