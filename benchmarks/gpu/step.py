@@ -6,7 +6,6 @@ forward, backward and AdamW. Shapes: B batch, L tokens, T = B·L, H heads, D hea
 
 from collections.abc import Callable, Iterator
 from functools import reduce
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,6 @@ CASES = tuple((kind, compiled) for compiled in (False, True) for kind in KINDS) 
 LOSSES_MAY_DIFFER = 0.02  # of a bfloat16 model's, whose attention and experts round apart
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-_numbers = count()
 
 
 def by_spans(spans: AttentionSpans) -> Attend:
@@ -70,6 +68,13 @@ def by_causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
+def _attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls; of no step, for its register would keep that one's model for ever."""
+    return module.attend(q, k, v, scaling).transpose(1, 2).contiguous(), None
+
+
 class Step:
     """A model, its batch, and steps of it with some attention, experts and loss.
 
@@ -96,9 +101,8 @@ class Step:
             "max_position_embeddings": 8192,
             "tie_word_embeddings": False,
         }
-        name = f"measured_{next(_numbers)}"  # of this very step: the register is one for all models
-        transformers.AttentionInterface.register(name, self._attention)
-        transformers.AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        transformers.AttentionInterface.register("measured", _attention)
+        transformers.AttentionMaskInterface.register("measured", lambda *args, **kwargs: None)
         torch.manual_seed(0)
         with torch.device(device):
             if kind == "moe-llava":
@@ -108,9 +112,8 @@ class Step:
                 self.model: Any = transformers.MixtralForCausalLM(config)
             else:
                 self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
-        self.model.to(torch.bfloat16).set_attn_implementation(name)
+        self.model.to(torch.bfloat16).set_attn_implementation("measured")
         self.forward = torch.compile(self._forward) if compiled else self._forward
-        self.attend: Attend | None = None
         self.layers, self.served = (mlp.MLPS.apply, norms.apply), []
         row = DIALOGUE[0] if not tiny else "t8 i16 t9 i16 t15"
         rule = "mmca" if kind == "llava-mmca" else "causal"
@@ -128,14 +131,10 @@ class Step:
             f"{sum(p.numel() for p in self.model.parameters()) / 1e9:.2f} G parameters, B2 L{case.length}"
         )
 
-    def _attention(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        return self.attend(q, k, v, scaling).transpose(1, 2).contiguous(), None
-
     def loss(self, attend: Attend, experts: str | None, own: bool) -> Tensor:
         """By an attention, an implementation of experts, and pyvlm's norms, MLPs and loss or the model's."""
-        self.attend = attend
+        for layer in self.model.model.layers:
+            layer.self_attn.attend = attend
         self._serve_layers(own)
         if experts is not None:
             self.model.set_experts_implementation(experts)

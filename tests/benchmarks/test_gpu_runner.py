@@ -86,7 +86,7 @@ class TestAims:
             assert verdict(made, "mmca-8k forward, times as long")[0] == expected
 
     def test_experts_copies_and_memory(self):
-        experts = {"pyvlm": 1.0, "glue": 1.5, "compile": 0.9, "grouped_mm": 2.0}
+        experts = {"pyvlm": 1.0, "glue": 1.5, "compile": 0.9, "grouped_mm": 2.0, "compile grouped_mm": 1.8}
         made = document(
             record("moe", "moe-llava", FORWARD, experts, cublas_s=0.9),
             record("placement", "place", FORWARD, {"pyvlm": 1e-3}),

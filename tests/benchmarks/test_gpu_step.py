@@ -1,6 +1,8 @@
 """Training steps of the GPU benchmarks: whose layers run in whose rows, and what is compiled."""
 
+import gc
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -47,3 +49,12 @@ def test_a_compiled_step_is_one_graph(kind: str, own: bool, monkeypatch: pytest.
             step.run(lambda loss=loss: loss)
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_step_that_is_done_leaves_its_memory_to_the_next() -> None:
+    step = Step("llava-mmca", Context(torch.device("cpu"), True, time.monotonic() + 60))
+    step.loss(by_spans(step.spans), None, True).backward()
+    model = weakref.ref(step.model)
+    del step
+    gc.collect()
+    assert model() is None
