@@ -64,6 +64,19 @@ def pointers(tensors: dict[str, Tensor]) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors.values()))
 
 
+def sizes_of_lists(
+    tokens: int, experts: int, slots: int, of_slots: str, dtype: torch.dtype
+) -> dict[str, tuple[int, torch.dtype]]:
+    """A routing's tensors in the kernels' order, where `of_slots` names what each slot has beside a token."""
+    return {
+        "token": (slots, torch.int32),
+        of_slots: (slots, dtype),
+        "expert_offsets": (experts + 1, torch.int32),
+        "token_offsets": (tokens + 1, torch.int32),
+        "slot": (slots, torch.int32),
+    }
+
+
 def in_both_orders(
     sizes: dict[str, tuple[int, torch.dtype]], call: Callable[[dict[str, Tensor], bool], None]
 ) -> dict[str, Tensor]:

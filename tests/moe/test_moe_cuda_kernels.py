@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_cuda import Guarded, in_both_orders, needs_compiler, pointer, pointers, run
+from emulated_cuda import Guarded, in_both_orders, needs_compiler, pointer, pointers, run, sizes_of_lists
 from moe_helpers import check_lists
 from tolerance import assert_close
 from torch import Tensor
@@ -30,11 +30,7 @@ def route(
     tokens, experts = logits.shape
     dtype = reference.accumulation_dtype(logits.dtype)
     sizes = {
-        "token": (slots, torch.int32),
-        "weight": (slots, dtype),
-        "expert_offsets": (experts + 1, torch.int32),
-        "token_offsets": (tokens + 1, torch.int32),
-        "slot": (slots, torch.int32),
+        **sizes_of_lists(tokens, experts, slots, "weight", dtype),
         "bits": (host.bits_size(tokens, experts), torch.int32),
         "prob": (experts * tokens, dtype),
     }

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from emulated_cuda import in_both_orders, needs_compiler, pointer, pointers, run
+from emulated_cuda import in_both_orders, needs_compiler, pointer, pointers, run, sizes_of_lists
 from torch import Tensor
 
 from pyvlm.ops import Routing
@@ -17,11 +17,7 @@ def from_choices(host: ctypes.CDLL, index: Tensor, experts: int) -> dict[str, Te
     """The tensors of the op."""
     (tokens, top_k), slots = index.shape, index.numel()
     sizes = {
-        "token": (slots, torch.int32),
-        "choice": (slots, torch.int64),
-        "expert_offsets": (experts + 1, torch.int32),
-        "token_offsets": (tokens + 1, torch.int32),
-        "slot": (slots, torch.int32),
+        **sizes_of_lists(tokens, experts, slots, "choice", torch.int64),
         "counts": (host.counts_size(slots, experts), torch.int32),
     }
 
@@ -103,11 +99,7 @@ def merge(host: ctypes.CDLL, parts: list[tuple[Routing, Tensor]], tokens: int) -
         part.slots, part.first = len(routing.token), first
         first += part.slots
     sizes = {
-        "token": (slots, torch.int32),
-        "order": (slots, torch.int64),
-        "expert_offsets": (experts + 1, torch.int32),
-        "token_offsets": (tokens + 1, torch.int32),
-        "slot": (slots, torch.int32),
+        **sizes_of_lists(tokens, experts, slots, "order", torch.int64),
         "bits": (host.bits_size(tokens, experts), torch.int32),
         "slots": (experts * tokens, torch.int64),
     }
