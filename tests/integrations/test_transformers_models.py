@@ -3,6 +3,8 @@
 Only logits of real tokens are compared: a padding query sees nothing here, and something in eager attention.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -128,6 +130,20 @@ def test_restore_gives_back_what_was_there(family: Family) -> None:
     assert [m.config._attn_implementation for m in submodels(model)] == implementations
     assert {name: p.data_ptr() for name, p in model.state_dict().items()} == state
     assert torch.equal(logits(model, batch), before)
+
+
+def test_a_model_that_is_gone_leaves_no_weights(family: Family) -> None:
+    """Neither by what is noted to restore it, nor by a report that somebody keeps."""
+    model = family.model()
+    batch = family.batch(model)
+    report = accelerate(model)
+    labels = batch["input_ids"]
+    model(**batch, labels=labels).loss.backward()
+    weights = [weakref.ref(weight) for weight in model.parameters()]
+    del model
+    gc.collect()
+    assert any(change.undo is not None for change in report.changes)
+    assert {weight() is None for weight in weights} == {True}
 
 
 def submodels(model: nn.Module) -> list[PreTrainedModel]:

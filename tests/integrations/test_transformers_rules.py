@@ -1,5 +1,8 @@
 """Attention rules on transformers' models: the mask, whatever the cache, and who reaches whom."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +66,17 @@ def test_every_layer_gets_the_mask_of_the_rule(name: str, rule: str, monkeypatch
         assert torch.equal(spans.bounds, expected.bounds)
         assert torch.equal(spans.key_class, expected.key_class)
         assert (spans.range_classes, spans.separate) == (expected.range_classes, expected.separate)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_model_that_is_gone_leaves_no_weights(linear: bool) -> None:
+    model, batch = made("llava")
+    accelerate(model, attention_rule="mmca", linear=linear)
+    model.generate(**batch, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    weights = [weakref.ref(weight) for weight in model.parameters()]
+    del model
+    gc.collect()
+    assert {weight() is None for weight in weights} == {True}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -14,7 +14,8 @@ class Change:
         part: "attention", "experts", "mlp", "norm", "loss", "linear" or "connector".
         kernel: what it runs on now, as "pyvlm.ops.span_attention"; None: it stays as it was.
         reason: why it stays, or what there is to say about the kernel.
-        undo: puts back exactly what was there.
+        undo: puts back exactly what was there. It holds its module weakly: what is noted of a model must not
+            keep it alive.
     """
 
     module: str

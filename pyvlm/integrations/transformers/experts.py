@@ -7,6 +7,7 @@ over become a `Routing`.
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -162,8 +163,11 @@ def _set(model: nn.Module, config: Any) -> Callable[[], None] | None:
     if config._experts_implementation != NAME:
         return None
 
+    held = ref(owner)
+
     def undo() -> None:
-        owner.set_experts_implementation({"": before})
+        if (changed := held()) is not None:
+            changed.set_experts_implementation({"": before})
 
     return undo
 

@@ -4,6 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,11 @@ def _serve(name: str, layer: nn.Linear) -> Change:
 
 def _swap(name: str, layer: nn.Linear, made: type[nn.Linear], reason: str) -> Change:
     layer.__class__ = made
+    held = ref(layer)
 
     def undo() -> None:
-        if type(layer) is made:
-            layer.__class__ = nn.Linear
+        if isinstance(swapped := held(), nn.Linear) and type(swapped) is made:
+            swapped.__class__ = nn.Linear
 
     return Change(name, "linear", _KERNEL, reason, undo)
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -115,13 +116,14 @@ def _serve(name: str, head: nn.Module, owners: list[PreTrainedModel]) -> Change:
         return Change(name, "loss", None, reason, None)
     undo = [_watch(owner) for owner in owners]
     head.__class__ = _LazyHead
+    held = ref(head)
 
     def restore() -> None:
         for put_back in undo:
             put_back()
-        if type(head) is _LazyHead:
-            head.__class__ = nn.Linear  # type: ignore[assignment]
-            head.__dict__.pop("call", None)
+        if type(served := held()) is _LazyHead:
+            served.__class__ = nn.Linear  # type: ignore[assignment]
+            served.__dict__.pop("call", None)
 
     return Change(name, "loss", _KERNEL, "logits are computed only where they are read", restore)
 
@@ -159,16 +161,18 @@ def _watch(owner: PreTrainedModel) -> Callable[[], None]:
     had = vars(owner).get("_loss_function")  # where transformers' setter puts it
     loss = functools.partial(causal_lm_loss, owner.loss_function)
     owner.loss_function = loss
+    held = ref(owner)
 
     def undo() -> None:
         for hook in hooks:
             hook.remove()
-        if vars(owner).get("_loss_function") is not loss:
-            return  # somebody set another since
+        watched = held()
+        if watched is None or vars(watched).get("_loss_function") is not loss:
+            return  # it is gone, or somebody set another since
         if had is None:
-            del owner._loss_function
+            del watched._loss_function
         else:
-            owner.loss_function = had
+            watched.loss_function = had
 
     return undo
 

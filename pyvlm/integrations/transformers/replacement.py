@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -32,10 +33,11 @@ def replacement(form: type, folder: str, name: str, owner: str) -> Any:
 
 def swap(module: nn.Module, made: type[nn.Module]) -> Callable[[], None]:
     """Gives a module that is there another class, and returns how to take it back."""
-    original = type(module)
+    original, held = type(module), ref(module)
 
     def undo() -> None:
-        module.__class__ = original
+        if (swapped := held()) is not None:
+            swapped.__class__ = original
 
     module.__class__ = made
     return undo
