@@ -28,6 +28,7 @@ SHARES = {
     "build": 180,
     "limits": 10,
     "tests": 100,
+    "compile": 60,
     "attention": 70,
     "moe": 35,
     "fusion": 25,
@@ -50,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts",
         default=",".join(part for part in SHARES if part not in OPTIONAL),
-        help=f"of {','.join(SHARES)}; all but {', '.join(OPTIONAL)} where not given",
+        help=f"of {','.join(SHARES)}; all but {', '.join(OPTIONAL)} where not given. Part compile "
+        "compiles, on all cores, what the parts behind it measure; without it each compiles for itself",
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default 8)")
     parser.add_argument(
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n== {part}: up to {seconds:.0f} s", flush=True)
         # Beside the results until it has ended: who ends this process has what was measured.
         file = path.with_suffix(f".{part}.json")
-        document["parts"][part] = run_part(part, seconds, options.dry_run, file)
+        document["parts"][part] = run_part(part, seconds, options.dry_run, file, of=parts[i + 1 :])
         document["aims"] = judge(document)
         write_atomically(path, document)
         path.with_suffix(".md").write_text(summary(document))
@@ -140,16 +142,17 @@ def is_built(part: dict[str, Any]) -> bool:
     return part.get("build_info", {}).get("native", {"error": "unknown"}).get("error") is None
 
 
-def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+def run_part(part: str, seconds: float, dry_run: bool, file: Path, of: Sequence[str] = ()) -> dict[str, Any]:
     """Runs a part in a process of its own, and ends it with all its children where its time is up.
 
-    Where a job of it breaks off, another process goes on with the next one. `file` holds what was measured.
+    Where a job of it breaks off, another process goes on with the next one. `file` holds what was measured;
+    `of` are the parts for which part compile compiles.
     """
     start = time.monotonic()
     file.unlink(missing_ok=True)
     left, begun = seconds, 0
     while True:
-        ended = _run_worker(part, left, dry_run, file)
+        ended = _run_worker(part, left, dry_run, file, of)
         content = json.loads(file.read_text()) if file.exists() else {"status": FAILED}
         left = seconds - (time.monotonic() - start)
         if ended in (None, 0) or left < LEAST_S or content.get("begun", 0) == begun:
@@ -165,9 +168,10 @@ def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, 
     return content | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _run_worker(part: str, seconds: float, dry_run: bool, file: Path) -> int | None:
+def _run_worker(part: str, seconds: float, dry_run: bool, file: Path, of: Sequence[str]) -> int | None:
     """The exit status, or None where the time was up."""
     command = [sys.executable, "-m", "benchmarks.gpu.worker", part, str(file), f"{0.9 * seconds:.0f}"]
+    command += ["--of", ",".join(of)]
     process = subprocess.Popen(
         [*command, *(["--dry-run"] if dry_run else [])], cwd=ROOT, start_new_session=True
     )

@@ -24,7 +24,7 @@ from benchmarks.gpu import cases, step, tune
 from benchmarks.gpu.peers import with_peers
 from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, summary
-from benchmarks.harness.run import QUICK, Record, Settings, measure
+from benchmarks.harness.run import QUICK, Record, Settings, call_once, measure
 from benchmarks.harness.workload import FORWARD, TRAINING, Operation, Workload
 
 GPU = Settings(budget_s=0.6, min_rounds=7)
@@ -49,11 +49,13 @@ class Job:
 
     Attributes:
         share: it has an equal share of the part's time, in place of all that is left.
+        compile: what compiles for it, each to be called by a process that keeps nothing but caches on disk.
     """
 
     name: str
     run: Callable[[Context], Iterator[Record]]
     share: bool = False
+    compile: tuple[Callable[[Context], None], ...] = ()
 
 
 def _workload(make: Callable[..., Workload], case: Any, context: Context) -> Workload:
@@ -62,13 +64,27 @@ def _workload(make: Callable[..., Workload], case: Any, context: Context) -> Wor
     return replace(make(size, context.device, torch.bfloat16), cold=not context.dry_run)
 
 
-def _of_family(operation: Operation, make: Callable[..., Workload], sizes: Iterable[Any]) -> tuple[Job, ...]:
-    peers = with_peers(operation)
+def _measure(
+    peers: Operation, make: Callable[..., Workload], case: Any, context: Context
+) -> Iterator[Record]:
+    yield from measure(peers, _workload(make, case, context), peers.providers, context.settings)
 
-    def run(case: Any, context: Context) -> Iterator[Record]:
-        yield from measure(peers, _workload(make, case, context), peers.providers, context.settings)
 
-    return tuple(Job(case.name, partial(run, case)) for case in sizes)
+def _compile(peers: Operation, make: Callable[..., Workload], case: Any, context: Context) -> None:
+    call_once(_workload(make, case, context), peers.providers)
+
+
+def _of_family(
+    operation: Operation,
+    make: Callable[..., Workload],
+    sizes: Iterable[Any],
+    run: Callable[..., Iterator[Record]] = _measure,
+) -> tuple[Job, ...]:
+    family = (with_peers(operation), make)
+    return tuple(
+        Job(case.name, partial(run, *family, case), compile=(partial(_compile, *family, case),))
+        for case in sizes
+    )
 
 
 def run_limits(dtype: torch.dtype, context: Context) -> Iterator[Record]:
@@ -120,10 +136,11 @@ def cublas_seconds(work: Workload, context: Context) -> dict[str, float]:
     return {name: summary(values)["median_s"] for name, values in samples.items()}
 
 
-def run_experts(case: Any, context: Context) -> Iterator[Record]:
-    work = _workload(moe.workload, case, context)
+def run_experts(
+    peers: Operation, make: Callable[..., Workload], case: Any, context: Context
+) -> Iterator[Record]:
+    work = _workload(make, case, context)
     products = None if case.decode else cublas_seconds(work, context)
-    peers = with_peers(moe.OPERATION)
     for record in measure(peers, work, peers.providers, context.settings):
         yield record if products is None else record | {"cublas_s": products[record["pass"]]}
 
@@ -141,7 +158,7 @@ PARTS: dict[str, tuple[Job, ...]] = {
     ),
     "attention": _of_family(attention.OPERATION, attention.workload, cases.ATTENTION),
     "moe": (
-        *(Job(case.name, partial(run_experts, case)) for case in cases.EXPERTS),
+        *_of_family(moe.OPERATION, moe.workload, cases.EXPERTS, run_experts),
         *_of_family(routing.OPERATION, routing.workload, cases.ROUTING),
     ),
     "fusion": (
@@ -157,7 +174,15 @@ PARTS: dict[str, tuple[Job, ...]] = {
         *_of_family(gating.OPERATION, gating.workload, cases.GATING),
     ),
     "step": tuple(
-        Job(step.case_name(kind, compiled), partial(step.run, kind, compiled))
+        Job(
+            step.case_name(kind, compiled),
+            partial(step.run, kind, compiled),
+            compile=tuple(
+                partial(step.compile_row, kind, compiled, row)
+                for row in step.rows_of(kind, compiled)
+                if row != "sdpa"  # it compiles nothing
+            ),
+        )
         for kind, compiled in step.CASES
     ),
     "tune": tuple(

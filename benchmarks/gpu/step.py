@@ -1,11 +1,11 @@
-"""A training step of a whole language model over image and text tokens: pyvlm's kernels beside transformers'.
+"""A training step of a whole LLaVA on pixels and text: pyvlm's kernels beside transformers' own.
 
-The model is transformers' own, random, and everything enters it by its official extension points; a step is
-forward, backward and AdamW. Shapes: B batch, L tokens, T = B·L, H heads, D head dimension, K experts a token.
+CLIP-L, frozen as in LLaVA's second stage, a connector and a language model, random; a step is forward,
+backward and AdamW. pyvlm's row is `pyvlm.accelerate(model)`, nothing else. Shapes: B batch, L tokens.
 """
 
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,21 +19,19 @@ from benchmarks.harness.limits import COPY, GEMM, limits
 from benchmarks.harness.measure import interleave, peak_memory, summary
 from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record, check_device
 from benchmarks.harness.workload import TRAINING
-from pyvlm.ops import linear_cross_entropy, span_attention
+from pyvlm.layout import IMAGE
 from pyvlm.spans import AttentionSpans
 
 if TYPE_CHECKING:
     from benchmarks.gpu.parts import Context
 
-KINDS = ("llava-mmca", "moe-llava")
+MMCA, MOE = "llava-mmca", "moe-llava"
+KINDS = (MMCA, MOE)
 CASES = tuple((kind, compiled) for compiled in (False, True) for kind in KINDS)  # what compiles comes last
+IMAGE_TOKEN = 3
 LOSSES_MAY_DIFFER = 0.02  # of a bfloat16 model's, whose attention and experts round apart
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def by_spans(spans: AttentionSpans) -> Attend:
-    return lambda q, k, v, scale: span_attention(q, k, v, spans, scale=scale)
 
 
 def by_dense_masks(spans: AttentionSpans) -> Attend:
@@ -63,11 +61,6 @@ def by_flex(spans: AttentionSpans) -> Attend:
     return attend
 
 
-def by_causal_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Without a mask: the fastest that transformers has."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-
-
 def _attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
@@ -75,118 +68,153 @@ def _attention(
     return module.attend(q, k, v, scaling).transpose(1, 2).contiguous(), None
 
 
-class Step:
-    """A model, its batch, and steps of it with some attention, experts and loss.
+def rows_of(kind: str, compiled: bool) -> tuple[str, ...]:
+    """pyvlm's row, and those of the best that transformers has. MMCA, of which it has nothing, is written for
+    it: dense masks, or FlexAttention's. Compiled, there is the better of these and whole models."""
+    if compiled:
+        return ("pyvlm", "compile")
+    return ("pyvlm", "sdpa", "flex") if kind == MMCA else ("pyvlm", "sdpa")
 
-    Args:
-        compiled: forward and backward are made by torch.compile, for what the first call has.
-    """
+
+def config_of(kind: str, tiny: bool) -> Any:
+    """LLaVA-1.5 of 1.6 G parameters; or as MoE-LLaVA-1.6B, four experts in every second layer."""
+    import transformers
+
+    hidden, intermediate, layers, heads = (64, 128, 2, 2) if tiny else (2048, 5504, 24, 16)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64 if tiny else 1024,
+        intermediate_size=128 if tiny else 4096,
+        num_hidden_layers=3 if tiny else 24,
+        num_attention_heads=2 if tiny else 16,
+        image_size=56 if tiny else 336,
+        patch_size=14,
+    )
+    common = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 320 if tiny else 32_000,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+    if kind == MOE:
+        text: Any = transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=hidden // heads,
+            moe_intermediate_size=intermediate,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            decoder_sparse_step=2,
+        )
+    else:
+        text = transformers.LlamaConfig(**common)
+    return transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+class Step:
+    """A batch, the parameters and the optimizer that all rows share, and the model of each row."""
 
     def __init__(self, kind: str, context: "Context", compiled: bool = False) -> None:
         import transformers
 
-        # Its package makes experts_implementation="pyvlm" known.
-        from pyvlm.integrations.transformers import mlp, norms
-
-        tiny, device = context.dry_run, context.device
-        sizes = (64, 128, 2, 2) if tiny else (2048, 5504, 12 if kind == "moe-llava" else 24, 16)
-        hidden, intermediate, layers, heads = sizes
-        options = {
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "vocab_size": 320 if tiny else 32_000,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": False,
-        }
         transformers.AttentionInterface.register("measured", _attention)
         transformers.AttentionMaskInterface.register("measured", lambda *args, **kwargs: None)
+        self.kind, self.compiled = kind, compiled
+        self.device, self.tiny = context.device, context.dry_run
+        self.rule = "mmca" if kind == MMCA else "causal"
+        row = "t8 i16 t9 i16 t15" if self.tiny else DIALOGUE[0]
+        case = AttentionCase(kind, "", self.rule, (row,) * 2)
+        self.spans = case.spans(self.device)
+        self.inputs, self.labels = self._batch(case)
         torch.manual_seed(0)
-        with torch.device(device):
-            if kind == "moe-llava":
-                config = transformers.MixtralConfig(
-                    **options, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
-                )
-                self.model: Any = transformers.MixtralForCausalLM(config)
-            else:
-                self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
-        self.model.to(torch.bfloat16).set_attn_implementation("measured")
-        self.forward = torch.compile(self._forward) if compiled else self._forward
-        self.layers, self.served = (mlp.MLPS.apply, norms.apply), []
-        row = DIALOGUE[0] if not tiny else "t8 i16 t9 i16 t15"
-        rule = "mmca" if kind == "llava-mmca" else "causal"
-        case = AttentionCase(kind, "", rule, (row,) * 2)
-        self.spans, self.kind_BL = case.spans(device), case.layout(device).kind
-        generator = torch.Generator().manual_seed(1)
-        shape = (2, case.length)
-        self.embeddings = torch.randn(*shape, hidden, generator=generator).to(device, torch.bfloat16)
-        labels = torch.randint(0, options["vocab_size"], shape, generator=generator).to(device)
-        # Answers carry the loss: the last eighth of each row, text alone.
-        answers = torch.arange(case.length, device=device) >= case.length * 7 // 8
-        self.labels = torch.where(answers & (self.kind_BL == 1), labels, -100)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=device.type == "cuda")
-        self.shape = (
-            f"{sum(p.numel() for p in self.model.parameters()) / 1e9:.2f} G parameters, B2 L{case.length}"
+        self.model = self._model("sdpa")
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(learned, lr=1e-6, fused=self.device.type == "cuda")
+        size = sum(p.numel() for p in self.model.parameters()) / 1e9
+        images = len(self.inputs["pixel_values"])
+        self.shape = f"{size:.2f} G parameters, B{len(self.labels)} L{case.length}, {images} images"
+
+    def _batch(self, case: AttentionCase) -> tuple[dict[str, Tensor], Tensor]:
+        random = torch.Generator().manual_seed(1)
+        config = config_of(self.kind, self.tiny)
+        words, vision = config.text_config.vocab_size, config.vision_config
+        is_image = case.layout(torch.device("cpu")).kind == IMAGE
+        ids = torch.where(
+            is_image, IMAGE_TOKEN, torch.randint(IMAGE_TOKEN + 1, words, is_image.shape, generator=random)
         )
+        # Answers carry the loss: the last eighth of each row, text alone.
+        is_answer = (torch.arange(case.length) >= case.length * 7 // 8) & ~is_image
+        images = int(is_image.sum()) // (vision.image_size // vision.patch_size) ** 2
+        pixels = torch.randn(images, 3, vision.image_size, vision.image_size, generator=random)
+        inputs = {"input_ids": ids.to(self.device), "pixel_values": pixels.to(self.device, torch.bfloat16)}
+        return inputs, torch.where(is_answer, ids, -100).to(self.device)
 
-    def loss(self, attend: Attend, experts: str | None, own: bool) -> Tensor:
-        """By an attention, an implementation of experts, and pyvlm's norms, MLPs and loss or the model's."""
-        for layer in self.model.model.layers:
-            layer.self_attn.attend = attend
-        self._serve_layers(own)
-        if experts is not None:
-            self.model.set_experts_implementation(experts)
-        return self.forward(own)
+    def _model(self, attention: str) -> Any:
+        import transformers
 
-    def _forward(self, own: bool) -> Tensor:
-        if not own:
-            return self.model(inputs_embeds=self.embeddings, labels=self.labels, use_cache=False).loss
-        hidden = self.model.model(inputs_embeds=self.embeddings, use_cache=False).last_hidden_state
-        labels = F.pad(self.labels, (0, 1), value=-100)[:, 1:]  # shifted, as the model does
-        return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, labels.flatten())
+        with torch.device(self.device):
+            model = transformers.LlavaForConditionalGeneration._from_config(
+                config_of(self.kind, self.tiny),  # its own, for it tells which attention runs
+                dtype=torch.bfloat16,
+                attn_implementation={"text_config": attention, "vision_config": "sdpa"},
+            )
+        if self.kind == MOE:
+            model.model.language_model.set_experts_implementation("grouped_mm")
+        model.model.vision_tower.requires_grad_(False)
+        return model.train()
 
-    def _serve_layers(self, own: bool) -> None:
-        if own and not self.served:
-            self.served = [change for apply in self.layers for change in apply(self.model)]
-        elif not own:
-            for change in self.served:
-                if change.undo is not None:
-                    change.undo()
-            self.served = []
+    def model_of(self, row: str) -> Any:
+        """A row's model, on the parameters that all share."""
+        import pyvlm
 
-    def run(self, loss: Callable[[], Tensor]) -> None:
-        loss().backward()
+        own = row == "pyvlm"
+        measured = not own and self.kind == MMCA
+        model = self._model("measured" if measured else "sdpa")
+        model.load_state_dict(self.model.state_dict(keep_vars=True), assign=True)
+        if own:
+            pyvlm.accelerate(model, attention_rule=self.rule if self.kind == MMCA else None)
+        elif measured:
+            attend = by_dense_masks(self.spans) if row == "sdpa" else by_flex(self.spans)
+            for layer in model.model.language_model.layers:
+                layer.self_attn.attend = attend
+        if not self.compiled:
+            return model
+        with torch.no_grad():
+            self.loss(model)  # transformers hooks the layers at a model's first call, which breaks graphs
+        return torch.compile(model)
+
+    def loss(self, model: Any) -> Tensor:
+        return model(**self.inputs, labels=self.labels, use_cache=False).loss
+
+    def run(self, model: Any) -> None:
+        self.loss(model).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 def run(kind: str, compiled: bool, context: "Context") -> Iterator[Record]:
-    """pyvlm's row and its peers'; compiled, each of them has a model of its own, which nobody changes."""
+    """A record of every row of a case."""
     torch.compiler.reset()
     step = Step(kind, context, compiled)
-    experts = {"pyvlm": "pyvlm", "others": "grouped_mm"} if kind == "moe-llava" else {}
-    causal = kind == "moe-llava"
-    builds: dict[str, Callable[[], Attend]] = {"pyvlm": lambda: by_spans(step.spans)}
-    if compiled:
-        builds["compile"] = lambda: by_causal_sdpa if causal else by_flex(step.spans)
-    else:
-        builds["sdpa"] = lambda: by_causal_sdpa if causal else by_dense_masks(step.spans)
-        if not causal:
-            builds["flex"] = lambda: by_flex(step.spans)
+    names = rows_of(kind, compiled)
     outcomes: dict[str, Record] = {}
     calls: dict[str, Callable[[], object]] = {}
     expected = None
-    for name, build in builds.items():
-        own = name == "pyvlm"
+    for name in names:
         try:
-            attend = build()
-            of_row = step if own or not compiled else Step(kind, context, compiled)
-            how = (attend, experts.get("pyvlm" if own else "others"), own)
-            loss = of_row.loss(*how)
+            model = step.model_of(name)
+            loss = step.loss(model)
             loss.backward()
-            of_row.optimizer.zero_grad(set_to_none=True)
+            step.optimizer.zero_grad(set_to_none=True)
         except Exception as error:  # a peer may raise anything; it is told in its row
             check_device(context.device)
             outcomes[name] = {"status": UNAVAILABLE, "detail": f"{type(error).__name__}: {error}"[:300]}
@@ -195,7 +223,7 @@ def run(kind: str, compiled: bool, context: "Context") -> Iterator[Record]:
         if not abs(loss.item() - expected) <= LOSSES_MAY_DIFFER * abs(expected):  # NaN is not either
             outcomes[name] = {"status": WRONG, "detail": f"its loss is {loss.item():.4f}, not {expected:.4f}"}
             continue
-        calls[name] = lambda of_row=of_row, how=how: of_row.run(lambda: of_row.loss(*how))
+        calls[name] = partial(step.run, model)
     product, copy = limits(context.device, torch.bfloat16, context.dry_run)
     samples = interleave(
         {**calls, GEMM: product.call, COPY: copy.call},
@@ -219,8 +247,14 @@ def run(kind: str, compiled: bool, context: "Context") -> Iterator[Record]:
         "pass": TRAINING,
         "gemm_gflops": product.amount / summary(samples[GEMM])["median_s"] / 1e9,
         "copy_gbytes_per_s": copy.amount / summary(samples[COPY])["median_s"] / 1e9,
-        "providers": {name: outcomes[name] for name in builds},
+        "providers": {name: outcomes[name] for name in names},
     }
+
+
+def compile_row(kind: str, compiled: bool, row: str, context: "Context") -> None:
+    """One forward and backward of a row."""
+    step = Step(kind, context, compiled)
+    step.loss(step.model_of(row)).backward()
 
 
 def case_name(kind: str, compiled: bool) -> str:

@@ -1,4 +1,4 @@
-"""One part of a run in a process of its own: `python -m benchmarks.gpu.worker PART FILE SECONDS [--dry-run]`.
+"""One part of a run in a process of its own: `python -m benchmarks.gpu.worker --help`.
 
 The file is written anew after every record, so that whoever ends this process has what was measured. Where a
 kernel has taken the GPU from this process it ends, and another one goes on, with the same file, behind the
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,19 @@ def run_tests(dry_run: bool, seconds: float, write: Write) -> None:
     write(content)
 
 
-def run_part(part: str, dry_run: bool, seconds: float, write: Write, before: dict[str, Any]) -> int:
+def run_part(
+    part: str, dry_run: bool, seconds: float, write: Write, before: dict[str, Any], of: Sequence[str] = ()
+) -> int:
     """Goes on from what an earlier process has written, `before`; returns the exit status."""
+    from benchmarks.gpu import compilation
     from benchmarks.gpu.parts import PARTS, Context
 
-    device = torch.device("cpu" if dry_run else "cuda")
     if dry_run:  # compiling takes minutes, and shows nothing of a GPU's code
         torch.compile = lambda function=None, **_: function
-    context = Context(device, dry_run, time.monotonic() + seconds)
+    context = Context(torch.device("cpu" if dry_run else "cuda"), dry_run, time.monotonic() + seconds)
+    if part == "compile":
+        compilation.run(of, context, write)
+        return 0
     content = {"records": [], "broken": [], "begun": 0} | before | {"status": OUT_OF_TIME}
     write(content)
     jobs = PARTS[part]
@@ -146,6 +151,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("seconds", type=float)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--of", default="", help="the parts for which part compile compiles")
     given = parser.parse_args()
 
     def write(content: dict[str, Any]) -> None:
@@ -157,7 +163,8 @@ def main() -> int:
         run_tests(given.dry_run, given.seconds, write)
     else:
         before = json.loads(given.file.read_text()) if given.file.exists() else {}
-        return run_part(given.part, given.dry_run, given.seconds, write, before)
+        of = [part for part in given.of.split(",") if part]
+        return run_part(given.part, given.dry_run, given.seconds, write, before, of)
     return 0
 
 

@@ -80,6 +80,18 @@ def measure(
         yield _time(operation, work, name, cost, calls, outcomes, providers, settings)
 
 
+def call_once(work: Workload, providers: tuple[Provider, ...]) -> None:
+    """Every pass of every provider, so that what compiles is in the caches on disk; what fails is left to
+    `measure`, which tells it."""
+    for provider in providers:
+        try:
+            function = provider.build(work)
+            for name in work.costs:
+                run_pass(function, work, name)()
+        except Exception:  # whatever a peer may raise
+            check_device(work.device)
+
+
 def _time(
     operation: Operation,
     work: Workload,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gpu import __main__ as runner
-from benchmarks.gpu import cases, step, worker
+from benchmarks.gpu import cases, compilation, step, worker
 from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
 from benchmarks.gpu.parts import PARTS, Context, Job
 from benchmarks.gpu.summary import summary
@@ -215,7 +216,9 @@ class TestRunner:
     def test_the_build_may_take_all_the_time_and_the_others_share_what_is_left(self, monkeypatch, tmp_path):
         given = {}
 
-        def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+        def run_part(
+            part: str, seconds: float, dry_run: bool, file: Path, of: Sequence[str]
+        ) -> dict[str, Any]:
             given[part] = seconds
             return {"status": "done", "seconds": 0.0, "records": []}
 
@@ -310,7 +313,7 @@ class TestRunner:
         monkeypatch.setitem(PARTS, "loss", tuple(Job(name, run(name)) for name in "abcd"))
         processes: list[float] = []
 
-        def in_this_process(part: str, seconds: float, dry_run: bool, file: Path) -> int:
+        def in_this_process(part: str, seconds: float, dry_run: bool, file: Path, of: Sequence[str]) -> int:
             processes.append(seconds)
             before = json.loads(file.read_text()) if file.exists() else {}
             write = partial(worker.write_atomically, file)
@@ -344,7 +347,9 @@ class TestRunner:
     ):
         asked: list[str] = []
 
-        def run_part(part: str, seconds: float, dry_run: bool, file: Path) -> dict[str, Any]:
+        def run_part(
+            part: str, seconds: float, dry_run: bool, file: Path, of: Sequence[str]
+        ) -> dict[str, Any]:
             asked.append(part)
             return {"status": "failed", "seconds": 1.0, "detail": "no compiler"}
 
@@ -359,6 +364,51 @@ class TestRunner:
         built = {"build_info": {"native": {"available": True}, "native_cuda": {"error": "no nvcc"}}}
         assert runner.is_built(built)
         assert not runner.is_built({"build_info": {"native": {"error": "undefined symbol"}}})
+
+    def test_part_compile_calls_what_the_parts_behind_it_compile(self, monkeypatch):
+        called: list[str] = []
+
+        def breaks_off(context: Context) -> None:
+            raise NotImplementedError("not on a CPU")
+
+        monkeypatch.setattr(torch, "compile", torch.compile)
+        for part in ("loss", "step", "norm"):
+            compiled = (breaks_off, *[lambda context, part=part: called.append(part)] * 2)
+            monkeypatch.setitem(PARTS, part, (Job("a job", lambda context: iter(()), compile=compiled),))
+        written: list[dict[str, Any]] = []
+        of = ("build", "loss", "step", "limits")
+        assert worker.run_part("compile", True, 60.0, written.append, {}, of) == 0
+        assert called == ["step", "step", "loss", "loss"]
+        said = "NotImplementedError: not on a CPU"
+        assert written[-1] == {
+            "status": "done",
+            "counts": {"failed": 2, "compiled": 4},
+            "failures": [f"step a job: {said}", f"loss a job: {said}"],
+        }
+        assert not runner.failed(written[-1])
+
+    def test_what_does_not_compile_is_told_and_spares_the_others(self, monkeypatch):
+        """By processes of their own; there is no task 7 of this part."""
+        asked = [compilation.Task("limits", 0, 7), compilation.Task("step", 0, 0)]
+        monkeypatch.setattr(compilation, "tasks", lambda parts: asked)
+        process = compilation._in_a_process
+
+        def start(task: compilation.Task, deadline: float) -> tuple[str, str]:
+            return process(task, deadline if task.part == "limits" else time.monotonic() - 1)
+
+        monkeypatch.setattr(compilation, "_in_a_process", start)
+        written: list[dict[str, Any]] = []
+        context = Context(torch.device("cuda"), False, time.monotonic() + 120)
+        compilation.run(("limits", "step"), context, written.append)
+        assert written[-1]["counts"] == {"failed": 1, "out of time": 1}
+        (failure,) = written[-1]["failures"]
+        assert failure.startswith("limits torch.bfloat16: IndexError")
+
+    def test_every_case_that_is_measured_is_compiled_beforehand(self):
+        for part, jobs in PARTS.items():
+            assert all(job.compile or part in ("limits", "tune") for job in jobs), part
+        asked = compilation.tasks(("attention", "step"))
+        assert [task.part for task in asked] == ["step"] * 7 + ["attention"] * len(cases.ATTENTION)
 
     @pytest.fixture
     def tests_of(self, tmp_path, monkeypatch) -> Any:

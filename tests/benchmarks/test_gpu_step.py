@@ -4,57 +4,91 @@ import gc
 import time
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
 from benchmarks.gpu.parts import Context
-from benchmarks.gpu.step import KINDS, Step, by_dense_masks, by_spans
-
-MIXTRALS = "transformers.models.mixtral.modeling_mixtral"
-LLAMAS = "transformers.models.llama.modeling_llama"
+from benchmarks.gpu.step import KINDS, MMCA, MOE, Step
 
 
-@pytest.mark.parametrize(("kind", "home"), [("llava-mmca", LLAMAS), ("moe-llava", MIXTRALS)])
-def test_layers_and_loss_are_pyvlms_in_its_own_rows_alone(kind: str, home: str) -> None:
-    step = Step(kind, Context(torch.device("cpu"), True, time.monotonic() + 60))
-    experts = {True: "pyvlm", False: "eager"} if kind == "moe-llava" else {True: None, False: None}
-    losses = []
-    for own in (False, True, True, False):
-        attend = (by_spans if own else by_dense_masks)(step.spans)
-        losses.append(step.loss(attend, experts[own], own).item())
-        layer = step.model.model.layers[-1]
-        served = [layer.input_layernorm, step.model.model.norm, *([layer.mlp] if home == LLAMAS else [])]
-        assert all((type(module).__module__ != home) == own for module in served)
-    assert losses[0] == losses[3]
-    assert losses[1] == losses[2]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+def step_of(kind: str, compiled: bool = False) -> Step:
+    return Step(kind, Context(torch.device("cpu"), True, time.monotonic() + 60), compiled)
+
+
+def homes(model: Any) -> dict[str, str]:
+    """The module that defines what runs, by what it does."""
+    language = model.model.language_model
+    *_, experts_or_mlp = (layer.mlp for layer in language.layers)
+    parts = {
+        "norm": language.norm,
+        "mlp": getattr(experts_or_mlp, "experts", experts_or_mlp),
+        "encoder's mlp": model.model.vision_tower.encoder.layers[0].mlp,
+    }
+    return {name: type(module).__module__ for name, module in parts.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_are_pyvlms_in_its_own_row_alone(kind: str) -> None:
+    step = step_of(kind)
+    models = {row: step.model_of(row) for row in ("pyvlm", "sdpa")}
+    language = {row: model.model.language_model for row, model in models.items()}
+    attention = {row: each.config._attn_implementation for row, each in language.items()}
+    assert "pyvlm" in attention["pyvlm"]
+    assert attention["sdpa"] == ("measured" if kind == MMCA else "sdpa")
+    assert models["sdpa"].model.vision_tower.config._attn_implementation == "sdpa"
+    assert all(home.startswith("transformers.") for home in homes(models["sdpa"]).values())
+    own = homes(models["pyvlm"])
+    if kind == MOE:
+        assert language["pyvlm"].config._experts_implementation == "pyvlm"
+        assert language["sdpa"].config._experts_implementation == "grouped_mm"
+        del own["mlp"]  # the module that calls an implementation is transformers' own
+        is_sparse = [hasattr(layer.mlp, "experts") for layer in language["sdpa"].layers]
+        assert is_sparse == [False, True]
+    assert all(home.startswith("pyvlm.") for home in own.values())
+    losses = {row: step.loss(model).item() for row, model in models.items()}
+    assert losses["pyvlm"] == pytest.approx(losses["sdpa"], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_rows_train_the_same_parameters_and_no_encoder(kind: str) -> None:
+    step = step_of(kind)
+    parameters = [dict(step.model_of(row).named_parameters()) for row in ("pyvlm", "sdpa")]
+    shared = dict(step.model.named_parameters())
+    for of_row in parameters:
+        assert of_row.keys() == shared.keys()
+        assert all(of_row[name] is shared[name] for name in shared)
+    frozen = {name for name, parameter in shared.items() if not parameter.requires_grad}
+    assert frozen == {name for name in shared if "vision_tower" in name}
+    head = step.model.lm_head.weight.detach().clone()
+    step.run(step.model_of("pyvlm"))
+    assert not torch.equal(head, step.model.lm_head.weight)
+    assert all(parameter.grad is None for parameter in shared.values())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("own", [True, False], ids=["pyvlm", "transformers"])
+@pytest.mark.parametrize("row", ["pyvlm", "sdpa"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_step_is_one_graph(kind: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_is_one_graph(kind: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the row would show what breaks a graph, not what compiling gives."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    context = Context(torch.device("cpu"), True, time.monotonic() + 60)
     losses = []
     for compiled in (False, True):
-        step = Step(kind, context, compiled)
-        attend = (by_spans if own else by_dense_masks)(step.spans)
-        experts = None if kind == "llava-mmca" else "pyvlm" if own else "grouped_mm"
+        step = step_of(kind, compiled)
+        model = step.model_of(row)
         for _ in range(2):
-            loss = step.loss(attend, experts, own)
-            step.run(lambda loss=loss: loss)
-        losses.append(loss.item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+            losses.append(step.loss(model).item())
+            step.run(model)
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-3)
 
 
 def test_a_step_that_is_done_leaves_its_memory_to_the_next() -> None:
-    step = Step("llava-mmca", Context(torch.device("cpu"), True, time.monotonic() + 60))
-    step.loss(by_spans(step.spans), None, True).backward()
-    model = weakref.ref(step.model)
-    del step
+    step = step_of(MMCA)
+    own = step.model_of("pyvlm")
+    step.run(own)
+    models = [weakref.ref(step.model), weakref.ref(own)]
+    del step, own
     gc.collect()
-    assert model() is None
+    assert [model() for model in models] == [None, None]
