@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.harness.workload import FORWARD, Cost, Function, Operation, Provider, Workload
+from benchmarks.harness.workload import (
+    FORWARD,
+    TRAINING,
+    Cost,
+    Function,
+    Operation,
+    Provider,
+    Workload,
+)
 from pyvlm.ops import expert_choice, routing_from_choices
 
 
@@ -25,6 +33,10 @@ class ExpertChoiceCase:
     @property
     def shape(self) -> str:
         return f"{self.groups} groups of T{self.tokens} E{self.experts} C{self.capacity}"
+
+    @property
+    def outputs(self) -> int:
+        return self.experts
 
     def reduced(self) -> "ExpertChoiceCase":
         return replace(self, tokens=64, capacity=8, groups=min(self.groups, 4))
@@ -71,6 +83,10 @@ class ChoicesCase:
     @property
     def shape(self) -> str:
         return f"T{self.tokens} E{self.experts} K{self.top_k}"
+
+    @property
+    def outputs(self) -> int:
+        return self.tokens * self.top_k
 
     def reduced(self) -> "ChoicesCase":
         return replace(self, tokens=min(self.tokens, 64))
@@ -121,17 +137,22 @@ CASES = (
 )
 
 
-def workload(case: ExpertChoiceCase | ChoicesCase, device: torch.device, dtype: torch.dtype) -> Workload:
+def workload(
+    case: ExpertChoiceCase | ChoicesCase, device: torch.device, dtype: torch.dtype, training: bool = False
+) -> Workload:
     scores = case.scores().to(device, dtype)
+    costs = {FORWARD: Cost(0, case.bytes(scores))}
+    if training:  # the backward reads the scores and the slots again, and writes the scores' gradient
+        costs[TRAINING] = Cost(0, 2 * case.bytes(scores) + scores.nbytes)
     return Workload(
         case=case.name,
         reason=case.reason,
         shape=case.shape,
         dtype=dtype,
         inputs=(scores,),
-        cotangent=torch.ones(()),
-        costs={FORWARD: Cost(0, case.bytes(scores))},
-        terms=(0.0,),
+        cotangent=torch.ones(case.outputs, device=device),
+        costs=costs,
+        terms=(0.0, 0.0),
         payload=case,
     )
 

@@ -36,9 +36,10 @@ SHARES = {
     "placement": 15,
     "layers": 10,
     "step": 30,
+    "profile": 90,
     "tune": 600,
 }
-OPTIONAL = ("tune",)  # it measures what might be, and takes a while
+OPTIONAL = ("profile", "tune")  # why a figure is what it is, and what it might be
 LEAST_S = 10  # what a part that broke off goes on with
 
 

@@ -140,6 +140,7 @@ def _of_mmca() -> list[Aim]:
 
 
 def _of_short_rows_and_decoding() -> list[Aim]:
+    decoding = ("decode-8k", "decode-mmca-8k", "decode-one-8k")
     cases = [(name, p) for name in ("short-1k", "short-mmca-1k", "short-2k") for p in (FORWARD, TRAINING)]
     aims = [
         Aim(
@@ -147,11 +148,12 @@ def _of_short_rows_and_decoding() -> list[Aim]:
             lambda r, case=case, p=of_pass: r.speed_up("attention", case, p, "flex", "sdpa"),
             1.0,
         )
-        for case, of_pass in [*cases, ("decode-8k", FORWARD)]
+        for case, of_pass in [*cases, *((name, FORWARD) for name in decoding)]
     ]
-    aims.append(
-        Aim("decode-8k, of copy bandwidth", lambda r: r.of_copy("attention", "decode-8k", FORWARD), 0.7)
-    )
+    aims += [
+        Aim(f"{case}, of copy bandwidth", lambda r, case=case: r.of_copy("attention", case, FORWARD), 0.7)
+        for case in decoding
+    ]
     return aims
 
 
@@ -175,16 +177,18 @@ def _of_experts() -> list[Aim]:
                     1.0,
                 )
             )
-    aims.append(
-        Aim(
-            "expert choice, of the time of its layer",
-            lambda r: ratio(
-                r.seconds("routing", "expert-choice", FORWARD), r.seconds("moe", "expert-choice", FORWARD)
-            ),
-            0.01,
-            at_most=True,
-        )
-    )
+    for case in ("expert-choice", "expert-choice-images", "expert-choice-e64"):
+        for of_pass in (FORWARD, TRAINING):
+            aims.append(
+                Aim(
+                    f"{case} {of_pass}, of the time of its layer",
+                    lambda r, case=case, p=of_pass: ratio(
+                        r.seconds("routing", case, p), r.seconds("moe", case, p)
+                    ),
+                    0.01,
+                    at_most=True,
+                )
+            )
     return aims
 
 

@@ -54,6 +54,14 @@ ATTENTION = (
         "decode-8k", "one new token for each of 16 caches", "bidirectional_image", (_dialogue(8192),) * 16,
         heads=32, kv_heads=8, query_start=-1,
     ),
+    _attention(
+        "decode-mmca-8k", "two softmaxes", "mmca", (_dialogue(8192),) * 16,
+        heads=32, kv_heads=8, query_start=-1,
+    ),
+    _attention(
+        "decode-one-8k", "a single cache, whose keys all multiprocessors share", "bidirectional_image",
+        (_dialogue(8192),), heads=32, kv_heads=8, query_start=-1,
+    ),
     _attention("short-mmca-1k", "batch 16", "mmca", _short(1024), head_dim=64),
     *_of_length(16),
     _attention("short-2k", "batch 16", "bidirectional_image", _short(2048), head_dim=64),
@@ -65,11 +73,16 @@ EXPERTS = (
     ExpertCase("expert-choice", "the same routed by expert choice", 16_384, 2048, 5504, 4, 2,
                "expert_choice", large=True),
     ExpertCase("eight-experts", "twice as many, half as busy", 16_384, 2048, 5504, 8, 2, large=True),
+    ExpertCase("expert-choice-images", "images of 576 tokens choose apart", 16_128, 2048, 5504, 8, 2,
+               "expert_choice", large=True, groups=28),
+    ExpertCase("expert-choice-e64", "fine-grained", 16_384, 2048, 1024, 64, 8, "expert_choice", large=True),
     ExpertCase("decode-t8", "eight sequences", 8, 2048, 5504, 4, 2, large=True, decode=True),
     ExpertCase("fine-grained-e128", "more of them", 16_384, 2048, 768, 128, 8, large=True),
 )  # fmt: skip
 ROUTING = (
     ExpertChoiceCase("expert-choice", "of the layer of that name", 16_384, 4, 8192),
+    ExpertChoiceCase("expert-choice-images", "of that layer", 576, 8, 144, groups=28),
+    ExpertChoiceCase("expert-choice-e64", "of that layer", 16_384, 64, 2048),
     ChoicesCase("choices", "of fine-grained-e128", 16_384, 128, 8),
     ChoicesCase("choices-t8", "eight sequences", 8, 128, 8),
 )

@@ -19,7 +19,7 @@ NEEDS = {
     "hypothesis": "the seeds of part tests",
     "ninja": "part build",
     "transformers": "part step, and transformers' rows of parts moe and placement",
-    "liger-kernel": "Liger's row of part loss",
+    "liger-kernel": "Liger's rows of parts loss and layers",
     "matplotlib": "python -m benchmarks.report",
 }
 

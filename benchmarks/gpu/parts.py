@@ -1,9 +1,10 @@
 """The parts that measure ops: which workloads, and what else their aims need."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +24,8 @@ from benchmarks import (
 from benchmarks.gpu import cases, step, tune
 from benchmarks.gpu.peers import with_peers
 from benchmarks.harness.limits import COPY, GEMM, limits
-from benchmarks.harness.measure import interleave, summary
-from benchmarks.harness.run import QUICK, Record, Settings, call_once, measure
+from benchmarks.harness.measure import interleave, kernels, summary
+from benchmarks.harness.run import QUICK, Record, Settings, call_once, measure, run_pass
 from benchmarks.harness.workload import FORWARD, TRAINING, Operation, Workload
 
 GPU = Settings(budget_s=0.6, min_rounds=7)
@@ -74,17 +75,19 @@ def _compile(peers: Operation, make: Callable[..., Workload], case: Any, context
     call_once(_workload(make, case, context), peers.providers)
 
 
-def _of_family(
-    operation: Operation,
-    make: Callable[..., Workload],
-    sizes: Iterable[Any],
-    run: Callable[..., Iterator[Record]] = _measure,
-) -> tuple[Job, ...]:
-    family = (with_peers(operation), make)
-    return tuple(
-        Job(case.name, partial(run, *family, case), compile=(partial(_compile, *family, case),))
-        for case in sizes
-    )
+def _profile(
+    operation: Operation, make: Callable[..., Workload], case: Any, context: Context
+) -> Iterator[Record]:
+    """What pyvlm's row runs in each pass."""
+    work = _workload(make, case, context)
+    function = operation.providers[0].build(work)
+    for name in work.costs:
+        yield {
+            "op": f"kernels of {operation.name}",
+            "case": work.case,
+            "pass": name,
+            "kernels": kernels(run_pass(function, work, name), work.device),
+        }
 
 
 def run_limits(dtype: torch.dtype, context: Context) -> Iterator[Record]:
@@ -151,28 +154,49 @@ def run_tune(family: tune.Family, case: Any, context: Context) -> Iterator[Recor
     yield from tune.run(family, case, work, context.dry_run, settings, context.deadline)
 
 
+class Family(NamedTuple):
+    operation: Operation
+    workload: Callable[..., Workload]
+    cases: tuple[Any, ...]
+    run: Callable[..., Iterator[Record]] = _measure
+
+
+FAMILIES = {
+    "attention": (Family(attention.OPERATION, attention.workload, cases.ATTENTION),),
+    "moe": (
+        Family(moe.OPERATION, moe.workload, cases.EXPERTS, run_experts),
+        Family(routing.OPERATION, partial(routing.workload, training=True), cases.ROUTING),
+    ),
+    "fusion": (
+        Family(fusion.OPERATION, fusion.workload, cases.FUSION),
+        Family(cross_attention.OPERATION, cross_attention.workload, cases.WINDOWS),
+        Family(grids.OPERATION, grids.workload, cases.GRIDS),
+        Family(resample.OPERATION, resample.workload, cases.RESAMPLE),
+    ),
+    "loss": (Family(loss.OPERATION, loss.workload, cases.LOSS),),
+    "placement": (Family(placement.OPERATION, placement.workload, cases.PLACEMENT),),
+    "layers": (
+        Family(norm.OPERATION, norm.workload, cases.NORM),
+        Family(gating.OPERATION, gating.workload, cases.GATING),
+    ),
+}
+
+
+def _jobs(family: Family) -> tuple[Job, ...]:
+    """What is measured of each case, and what compiles for it."""
+    measured = (with_peers(family.operation), family.workload)
+    return tuple(
+        Job(case.name, partial(family.run, *measured, case), compile=(partial(_compile, *measured, case),))
+        for case in family.cases
+    )
+
+
 PARTS: dict[str, tuple[Job, ...]] = {
     "limits": tuple(
         Job(str(dtype), partial(run_limits, dtype))
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     ),
-    "attention": _of_family(attention.OPERATION, attention.workload, cases.ATTENTION),
-    "moe": (
-        *_of_family(moe.OPERATION, moe.workload, cases.EXPERTS, run_experts),
-        *_of_family(routing.OPERATION, routing.workload, cases.ROUTING),
-    ),
-    "fusion": (
-        *_of_family(fusion.OPERATION, fusion.workload, cases.FUSION),
-        *_of_family(cross_attention.OPERATION, cross_attention.workload, cases.WINDOWS),
-        *_of_family(grids.OPERATION, grids.workload, cases.GRIDS),
-        *_of_family(resample.OPERATION, resample.workload, cases.RESAMPLE),
-    ),
-    "loss": _of_family(loss.OPERATION, loss.workload, cases.LOSS),
-    "placement": _of_family(placement.OPERATION, placement.workload, cases.PLACEMENT),
-    "layers": (
-        *_of_family(norm.OPERATION, norm.workload, cases.NORM),
-        *_of_family(gating.OPERATION, gating.workload, cases.GATING),
-    ),
+    **{part: tuple(chain(*map(_jobs, families))) for part, families in FAMILIES.items()},
     "step": tuple(
         Job(
             step.case_name(kind, compiled),
@@ -184,6 +208,14 @@ PARTS: dict[str, tuple[Job, ...]] = {
             ),
         )
         for kind, compiled in step.CASES
+    ),
+    "profile": (
+        *(
+            Job(f"{family.operation.name} {case.name}", partial(_profile, *family[:2], case))
+            for family in chain(*FAMILIES.values())
+            for case in family.cases
+        ),
+        *(Job(f"step {kind}", partial(step.profile, kind)) for kind in step.KINDS),
     ),
     "tune": tuple(
         Job(f"{family.operation.name} {case.name}", partial(run_tune, family, case), share=True)

@@ -4,6 +4,7 @@ Shapes: Q queries, K keys, T tokens, S slots (token, expert), E experts, H hidde
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from attention.plain import plain_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import fusion, grids, moe, placement, resample, routing
+from benchmarks import fusion, grids, moe, norm, placement, resample, routing
 from benchmarks.harness.workload import Function, Operation, Provider, Unavailable, Workload
 
 _MOST_SCORES = 8 * 2**30  # bytes of one dense matrix of scores that the compiled eager form may make
@@ -105,15 +106,34 @@ def _compiled(operation: Operation, name: str, called: str = "compile") -> Provi
     return Provider(called, build)
 
 
-def _liger(work: Workload) -> Function:
+def _of_liger(name: str, work: Workload) -> Any:
+    """Liger's function of that name."""
     if work.device.type != "cuda":
         raise Unavailable("it runs on CUDA tensors only")
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers import functional
     except ImportError as error:
         raise Unavailable(f"liger-kernel is not installed: {error}") from error
-    loss, labels = LigerFusedLinearCrossEntropyLoss(), work.payload
-    return lambda hidden, weight: loss(weight, hidden, labels)
+    return getattr(functional, name)
+
+
+def _liger_loss(work: Workload) -> Function:
+    loss, labels = _of_liger("liger_fused_linear_cross_entropy", work), work.payload
+    return lambda hidden, weight: loss(hidden, weight, labels)
+
+
+def _liger_norm(work: Workload) -> Function:
+    if work.payload.unit_offset:
+        raise Unavailable("with an offset it multiplies in float32; not written here")
+    rms_norm = _of_liger("liger_rms_norm", work)
+    # Not in place, which would overwrite the gradient that every round gives it.
+    return lambda x, weight: rms_norm(x, weight, norm.EPS, in_place=False)
+
+
+def _liger_gate(work: Workload) -> Function:
+    if work.payload.activation != "silu" or not work.payload.gated:
+        raise Unavailable("it is the gate of Llama alone")
+    return _of_liger("liger_swiglu", work)
 
 
 _PEERS: dict[str, tuple[Provider, ...]] = {
@@ -132,5 +152,7 @@ _PEERS: dict[str, tuple[Provider, ...]] = {
     "routing": (_compiled(routing.OPERATION, "eager"),),
     "grids": (_compiled(grids.OPERATION, "concatenated"),),
     "resample": (_compiled(resample.OPERATION, "eager"),),
-    "loss": (Provider("liger", _liger),),
+    "loss": (Provider("liger", _liger_loss),),
+    "norm": (_compiled(norm.OPERATION, "F.rms_norm", "compile F.rms_norm"), Provider("liger", _liger_norm)),
+    "gating": (Provider("liger", _liger_gate),),
 }

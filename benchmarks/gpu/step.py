@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.attention import flex_masks
 from benchmarks.harness.limits import COPY, GEMM, limits
-from benchmarks.harness.measure import interleave, peak_memory, summary
+from benchmarks.harness.measure import interleave, kernels, peak_memory, summary
 from benchmarks.harness.run import TIMED, UNAVAILABLE, WRONG, Record, check_device
 from benchmarks.harness.workload import TRAINING
 from pyvlm.layout import IMAGE
@@ -248,6 +248,18 @@ def run(kind: str, compiled: bool, context: "Context") -> Iterator[Record]:
         "gemm_gflops": product.amount / summary(samples[GEMM])["median_s"] / 1e9,
         "copy_gbytes_per_s": copy.amount / summary(samples[COPY])["median_s"] / 1e9,
         "providers": {name: outcomes[name] for name in names},
+    }
+
+
+def profile(kind: str, context: "Context") -> Iterator[Record]:
+    """What a step runs in pyvlm's row."""
+    step = Step(kind, context)
+    model = step.model_of("pyvlm")
+    yield {
+        "op": "kernels of step",
+        "case": kind,
+        "pass": TRAINING,
+        "kernels": kernels(lambda: step.run(model), context.device),
     }
 
 

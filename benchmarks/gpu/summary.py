@@ -4,6 +4,8 @@ from typing import Any
 
 from benchmarks.gpu.aims import MISSED, NOT_MEASURED
 
+LONGEST = 5  # kernels of a pass; the JSON has more
+
 
 def summary(document: dict[str, Any]) -> str:
     """Markdown."""
@@ -49,6 +51,12 @@ def _of_part(part: dict[str, Any]) -> str:
 
 def _rows(record: dict[str, Any]) -> list[str]:
     name = " ".join((record["op"], record["case"], record.get("pass", "")))
+    if "kernels" in record:
+        return [
+            f"| {name} | {kernel['name'][:80].replace('|', '/')} x {kernel['calls']} "
+            f"| {1e3 * kernel['seconds']:.4g} | | | |"
+            for kernel in record["kernels"][:LONGEST]
+        ]
     if "providers" not in record:
         rates = f"{record['gemm_gflops'] / 1e3:.0f} TFLOP/s, {record['copy_gbytes_per_s']:.0f} GB/s"
         return [f"| {name}: {rates} | the machine | {1e3 * record['call_s']:.4f} (a call) | | | |"]

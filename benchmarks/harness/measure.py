@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import operator
 import statistics
 import sys
 import time
@@ -9,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
 # Shorter samples are made of several calls, so that the clock and the loop do not show.
 MIN_SAMPLE_S = 2e-3
+MOST_KERNELS = 20  # of one call; whole models have hundreds, of which few take long
 
 
 def _seconds(call: Call, calls: int, device: torch.device) -> float:
@@ -112,6 +115,26 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     before = _high_water_mark()
     call()
     return max(0, _high_water_mark() - before)
+
+
+def kernels(call: Call, device: torch.device) -> list[dict[str, str | int | float]]:
+    """What one call runs, by torch's profiler, longest first: on a GPU its kernels, elsewhere torch's ops.
+
+    A name, how many, and the seconds of all of them.
+    """
+    on_gpu = device.type == "cuda"
+    call()  # compiles, and takes what is taken once
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    time_of = operator.attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # µs
+    found = [
+        {"name": event.key, "calls": event.count, "seconds": 1e-6 * time_of(event)}
+        for event in sorted(profiler.key_averages(), key=time_of, reverse=True)
+        if time_of(event) > 0
+    ]
+    return found[:MOST_KERNELS]
 
 
 def _high_water_mark() -> int:

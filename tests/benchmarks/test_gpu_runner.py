@@ -18,7 +18,7 @@ from benchmarks.gpu import cases, compilation, step, worker
 from benchmarks.gpu.aims import AIMS, MET, MISSED, NOT_MEASURED, Results, judge
 from benchmarks.gpu.parts import PARTS, Context, Job
 from benchmarks.gpu.summary import summary
-from benchmarks.harness.measure import interleave
+from benchmarks.harness.measure import interleave, kernels
 from benchmarks.harness.workload import FORWARD, TRAINING
 
 MACHINE = {
@@ -97,7 +97,7 @@ class TestAims:
         assert verdict(made, "experts moe-llava forward, of cuBLAS") == (MET, pytest.approx(0.9))
         assert verdict(made, "experts moe-llava forward, times") == (MISSED, pytest.approx(0.9))
         assert verdict(made, "place_image_tokens forward, of copy") == (MET, pytest.approx(0.8))
-        assert verdict(made, "expert choice, of the time") == (MISSED, pytest.approx(0.02))
+        assert verdict(made, "expert-choice forward, of the time") == (MISSED, pytest.approx(0.02))
 
     def test_nothing_is_met_where_a_peer_is_missing(self):
         """It may be the fastest."""
@@ -406,7 +406,7 @@ class TestRunner:
 
     def test_every_case_that_is_measured_is_compiled_beforehand(self):
         for part, jobs in PARTS.items():
-            assert all(job.compile or part in ("limits", "tune") for job in jobs), part
+            assert all(job.compile or part in ("limits", "profile", "tune") for job in jobs), part
         asked = compilation.tasks(("attention", "step"))
         assert [task.part for task in asked] == ["step"] * 7 + ["attention"] * len(cases.ATTENTION)
 
@@ -449,6 +449,17 @@ class TestRunner:
         (failure,) = told["failures"]
         assert "test_some.py: " in failure
         assert "No module named 'a_package_that_is_not_there'" in failure
+
+
+def test_a_profile_tells_what_takes_longest_and_how_often():
+    a = torch.rand(300, 300)
+    found = kernels(lambda: (a @ a @ a).relu(), a.device)
+    assert found[0]["name"] == "aten::mm"
+    assert found[0]["calls"] == 2
+    seconds = [kernel["seconds"] for kernel in found]
+    assert seconds == sorted(seconds, reverse=True)
+    records = [{"op": "kernels of fusion", "case": "a", "pass": FORWARD, "kernels": found}]
+    assert "| kernels of fusion a forward | aten::mm x 2 |" in summary(document(*records))
 
 
 def test_on_a_gpu_its_own_clock_counts_and_the_cache_is_swept(monkeypatch):

@@ -20,6 +20,7 @@ class ExpertCase:
     router: str = "token_choice"
     large: bool = False
     decode: bool = False  # weights come from memory, and nothing is trained
+    groups: int = 1  # of equally many tokens, of which an expert chooses
 
     def reduced(self) -> "ExpertCase":
         """The same kind of layer, small enough to run anywhere at once."""
@@ -31,6 +32,7 @@ class ExpertCase:
             intermediate=48,
             experts=experts,
             top_k=min(self.top_k, experts),
+            groups=min(self.groups, 4),
         )
 
     def logits(self) -> Tensor:
@@ -39,7 +41,12 @@ class ExpertCase:
 
     def route(self, logits: Tensor) -> Routing:
         if self.router == "expert_choice":
-            return expert_choice(logits, max(1, self.tokens * self.top_k // self.experts))
+            capacity = max(1, self.tokens // self.groups * self.top_k // self.experts)
+            if self.groups == 1:
+                return expert_choice(logits, capacity)
+            offsets = torch.arange(self.groups + 1, device=logits.device) * (self.tokens // self.groups)
+            num_slots = self.groups * self.experts * capacity
+            return expert_choice(logits, capacity, offsets, num_slots=num_slots)
         return token_choice(logits, self.top_k)
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
