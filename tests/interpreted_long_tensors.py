@@ -225,7 +225,7 @@ def loss_gradients(
     given: tuple[Tensor, Tensor, Tensor], lse: Tensor, needs: tuple[bool, bool], block: int = 512
 ) -> tuple[Tensor, Tensor]:
     """Of hidden and weight, with some labels and with so many words at once."""
-    config = replace(loss.default_config(torch.bfloat16, None), block=block)
+    config = replace(loss.default_config(torch.bfloat16, None), block=block, room=16 * block)
     grads = loss.linear_cross_entropy_backward(
         torch.tensor(1.0), *given, *OPTIONS_OF_LOSS, lse, (*needs, False), config
     )

@@ -102,23 +102,23 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_rows_within(rows, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
-    """A tile of a [·, WIDTH] tensor, and zeros where it is not within."""
-    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
+def load_rows_within(rows, row_M, within_M, column_N, within_N, width):
+    """A tile of a [·, width] tensor, and zeros where it is not within."""
+    pointers = rows + row_M.to(tl.int64)[:, None] * width + column_N[None, :]
     return tl.load(pointers, mask=within_M[:, None] & within_N[None, :], other=0.0)
 
 
 @triton.jit
-def load_columns_within(rows, row_K, within_K, column_M, within_M, WIDTH: tl.constexpr):
+def load_columns_within(rows, row_K, within_K, column_M, within_M, width):
     """The same, transposed. Without wgmma `load_rows_within(...).T` would not be loaded asynchronously."""
-    pointers = rows + row_K.to(tl.int64)[None, :] * WIDTH + column_M[:, None]
+    pointers = rows + row_K.to(tl.int64)[None, :] * width + column_M[:, None]
     return tl.load(pointers, mask=within_M[:, None] & within_K[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(rows, tile, row_M, within_M, column_N, within_N, WIDTH: tl.constexpr):
-    """Writes what is within of a tile of a [·, WIDTH] tensor, in its dtype."""
-    pointers = rows + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :]
+def store_rows(rows, tile, row_M, within_M, column_N, within_N, width):
+    """Writes what is within of a tile of a [·, width] tensor, in its dtype."""
+    pointers = rows + row_M.to(tl.int64)[:, None] * width + column_N[None, :]
     tl.store(pointers, tile.to(rows.dtype.element_ty), mask=within_M[:, None] & within_N[None, :])
 
 

@@ -42,17 +42,38 @@ class Config:
     Attributes:
         statistics, grad_logits: of the kernels that make logits.
         grad_hidden, grad_weight: of the products of the backward.
-        block: words whose gradients are there at once: a twentieth of a vocabulary of 152,000. A multiple of
-            every tile's sides, and grad_logits' columns one of grad_hidden's depth: see `loss_kernels`.
+        room: numbers that the gradients of logits take together: 32 MiB in half precision. More where there
+            are so many rows that `least` words of each take more.
+        block, least: the most and the fewest words whose gradients are there at once, a twentieth and an
+            eightieth of a vocabulary of 152,000. With 2,048 words of 2,048 features grad_weight has a tile of
+            128 by 256 for each multiprocessor of an H100.
+        unit: blocks of words are multiples of it, and it is one of the tiles' sides along words.
         group: row tiles that are worked on together, column by column.
+
+    Raises:
+        ValueError: `unit` is no such multiple, `block` or `least` none of it, or grad_logits' columns are
+            none of grad_hidden's depth: something would be read that nobody has written.
     """
 
     statistics: Tiles
     grad_logits: Tiles
     grad_hidden: Tiles
     grad_weight: Tiles
+    room: int = 2**24
     block: int = 8192
+    least: int = 2048
+    unit: int = 256
     group: int = 8
+
+    def __post_init__(self) -> None:
+        written, *read = self.grad_logits.columns, self.grad_hidden.depth, self.grad_weight.rows
+        sides_fit = not any(self.unit % side for side in (written, *read)) and written % read[0] == 0
+        if not sides_fit or any(words % self.unit or words < self.unit for words in (self.block, self.least)):
+            raise ValueError(
+                f"grad_logits makes tiles of {written} words, grad_hidden and grad_weight take {read[0]} and "
+                f"{read[1]}, in units of {self.unit} and blocks of {self.least} to {self.block}: expected "
+                "units to be multiples of tiles, blocks of units, and grad_logits' words of grad_hidden's"
+            )
 
 
 # Chosen so that ahead-of-time compilation spills no registers (tests/fusion/loss_triton_aot.json shows what
@@ -61,7 +82,9 @@ _LARGE = Tiles(128, 256, 64, 8, 4)
 _HOPPER_AND_BLACKWELL = Config(_LARGE, Tiles(128, 128, 64, 8, 4), _LARGE, _LARGE)
 _OTHER = Config(*[Tiles(128, 128, 32, 8, 4)] * 4)
 _FLOAT32 = Config(*[Tiles(128, 64, 32, 8, 3)] * 4)
-_INTERPRETER = Config(*[Tiles(64, 64, 64, 4, 1)] * 4, block=512)
+_INTERPRETER = Config(*[Tiles(64, 64, 64, 4, 1)] * 4, room=2**14, block=512, least=128, unit=64)
+# Of the words, those that may wait for the sums: the gradients of their logits are made twice.
+_MOST_THAT_WAIT = 1 / 4
 
 
 def default_config(dtype: torch.dtype, capability: tuple[int, int] | None) -> Config:
@@ -148,7 +171,8 @@ def linear_cross_entropy_backward(
     """The op `pyvlm::linear_cross_entropy_backward`: gradients for a cotangent of the loss.
 
     The further arguments are those of the forward, and its lse; bitwise deterministic. Beside the results it
-    takes the gradients of `config.block` words' logits and, where there are more words, float32 `[T, H]`.
+    takes `config.room` gradients of logits, and float32 sums `[T, H]` where these would take more than a
+    quarter of grad_weight's own memory (see `loss_kernels`) or that is not wanted.
 
     Args:
         needs: which of the results are wanted; the others are empty, and cost nothing.
@@ -165,32 +189,56 @@ def linear_cross_entropy_backward(
     )
     if not (wants_hidden or wants_weight or wants_bias):
         return results
-    block, tiles = p.config.block, p.config
-    several = p.words > block
+    tiles, narrowest = p.config, p.width(p.tokens)
+    blocks = cdiv(p.words, narrowest)
+    adds_up = wants_hidden and blocks > 1
+    in_weight = 4 // hidden.element_size()  # numbers of grad_weight that take the place of a sum
+    if adds_up and wants_weight and in_weight * p.tokens <= _MOST_THAT_WAIT * p.words:
+        flat = results[1].view(-1)
+        sums = flat[: len(flat) // in_weight * in_weight].view(torch.float32)
+    else:
+        sums, in_weight = lse.new_empty(hidden.shape if adds_up else 0), 0
     tensors: dict[str, Any] = {
         "lse": lse.contiguous(),
         "scale": (grad_loss.float() / p.count.clamp(min=1) if mean else grad_loss.float()).reshape(1),
-        "grads": p.hidden.new_empty(p.tokens, block),
-        "sums": lse.new_empty(hidden.shape) if wants_hidden and several else None,
+        "grads": hidden.new_empty(min(p.tokens * p.block, p.room * tiles.unit)),
+        "sums": sums,
+        "in_weight": in_weight,
         "grad_hidden": results[0],
         "grad_weight": results[1],
         "grad_bias": results[2],
+        "again": 0,
     }
+
+    def grad_logits() -> None:
+        t = tiles.grad_logits
+        columns = p.block // t.columns
+        full = p.room * tiles.unit // (t.rows * t.columns)  # tiles that the room has
+        p.launch(grad_logits_kernel, min(full + columns, cdiv(p.tokens, t.rows) * columns), t, tensors)
+
+    def grad_weight() -> None:
+        t = tiles.grad_weight
+        grid = cdiv(p.block, t.rows) * cdiv(p.features, t.columns)
+        p.launch(grad_weight_kernel, grid, t, tensors)
+
     with torch.cuda.device_of(hidden):
-        for first in range(0, p.words, block):
-            words = min(block, p.words - first)
-            tensors |= {"first_word": first, "words": words}
-            p.launch_on_rows(grad_logits_kernel, tiles.grad_logits, words, tensors)
+        for index in range(blocks):
+            tensors["index"] = index
+            grad_logits()
             if wants_hidden:
-                ends = {"FIRST": first == 0, "LAST": first + words == p.words}
-                p.launch_on_rows(grad_hidden_kernel, tiles.grad_hidden, p.features, tensors | ends)
+                p.launch_on_rows(grad_hidden_kernel, tiles.grad_hidden, p.features, tensors)
             if wants_weight:
-                t = tiles.grad_weight
-                grid = cdiv(words, t.rows) * cdiv(p.features, t.columns)
-                p.launch(grad_weight_kernel, grid, t, tensors)
+                grad_weight()
             if wants_bias:
                 t = Tiles(32, 128, 1, 4, 2)
-                p.launch(grad_bias_kernel, cdiv(words, t.columns), t, tensors)
+                p.launch(grad_bias_kernel, cdiv(p.block, t.columns), t, tensors)
+        if in_weight:
+            tensors["again"] = 1
+            # Of the sums a row takes in_weight words; they begin at 32 bytes. The last block does not wait.
+            for index in range(cdiv(in_weight * p.tokens + 18, narrowest)):
+                tensors["index"] = -2 - index
+                grad_logits()
+                grad_weight()
     return results
 
 
@@ -218,6 +266,10 @@ class _Problem:
         self.tokens, self.features = hidden.shape
         self.words = len(weight)
         self.config = config or default_config(hidden.dtype, capability(hidden.device))
+        unit = self.config.unit
+        self.block = min(self.config.block, cdiv(self.words, unit) * unit)
+        least = self.tokens * min(self.config.least, self.block)
+        self.room = max(self.config.room, least) // unit  # in numbers of `unit`
         self.labeled = labels != ignore_index
         self.count = self.labeled.sum(dtype=torch.int32)
         rows = (~self.labeled).to(torch.uint8).sort(stable=True).indices
@@ -232,13 +284,20 @@ class _Problem:
             "features": self.features,
             "smoothing": label_smoothing,
             "z_loss": z_loss,
-            "BLOCK_V": self.config.block,
+            "room": self.room,
+            "BLOCK_V": self.block,
+            "UNIT": self.config.unit,
             "SIZE_H": self.features,
             "SIZE_V": self.words,
             "SOFTCAP": softcap,
             "PRECISION": PRECISION,
             "GROUP": self.config.group,
         }
+
+    def width(self, labeled: int) -> int:
+        """Words of a block where so many rows have a label, as `block_of` has them."""
+        unit = self.config.unit
+        return min(self.room // max(labeled, 1), self.block // unit) * unit
 
     def launch(self, kernel: Any, grid: int, tiles: Tiles, tensors: dict[str, Any]) -> None:
         blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}

@@ -5,10 +5,16 @@
     dH = G W    dW = Gᵀ H    db = Σ G    times the gradient of the loss
 
 Rows that have a label come first in `rows`; `count` of them there are, which only the GPU knows: programs
-beyond return at once. No atomics: every sum is made by one program, in a fixed order. G is written for a
-block of the vocabulary at a time. It is read and written up to BLOCK_V, which is compiled in, not up to
-`words`: a mask by a number that the compiler does not know would load one element at a time. The gradient of
-the loss comes in with the sums: in float16 G times that would vanish.
+beyond return at once. No atomics: every sum is made by one program, in a fixed order. The gradient of the
+loss comes in with the sums: in float16 G times that would vanish.
+
+G is written for a block of the vocabulary at a time, the wider the fewer rows have a label (`block_of`), so
+that it fits the same memory; launches for blocks that there are not return at once. It is read and written up
+to the block's width, a multiple of UNIT, not up to its words: a mask by a number of which the compiler knows
+nothing would load one element at a time.
+
+dH adds up in float32 over the blocks. For these sums there is room at the end of dW, which is not written
+yet (`sums_begin`). Blocks whose words lie there wait: G of theirs is made again when dH is done (`waits`).
 
 Letters at the end of a name: M rows of a tile, N columns of it, K of the dimension that is summed over.
 Sizes: T tokens, R of them with a label, H features, V words. H and V are compiled in.
@@ -28,7 +34,7 @@ from pyvlm.triton_kernels.common import (
 )
 
 # Arguments that differ from call to call: Triton is told not to compile anew for some of them.
-RUNTIME = ("tokens", "row_tiles", "first_word", "words", "features", "smoothing", "z_loss")
+RUNTIME = ("tokens", "row_tiles", "index", "room", "in_weight", "again", "features", "smoothing", "z_loss")
 LOWEST = tl.constexpr(-3.0e38)
 
 
@@ -38,6 +44,34 @@ def rows_of_tile(rows, count, tile, BLOCK_M: tl.constexpr):
     place_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     within_M = place_M < count
     return place_M, within_M, tl.load(rows + place_M, mask=within_M, other=0)
+
+
+@triton.jit
+def block_of(index, labeled, room, SIZE_V: tl.constexpr, UNIT: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Of a block of words the width, its first word and how many there are, none where it does not exist;
+    a negative index counts from the end. There is room for `room` times UNIT numbers of G."""
+    width = tl.minimum(room // tl.maximum(labeled, 1), BLOCK_V // UNIT) * UNIT
+    if index < 0:
+        index += tl.cdiv(SIZE_V, width)
+    first_word = index * width
+    words = tl.minimum(tl.maximum(SIZE_V - first_word, 0), width)
+    return width, first_word, tl.where(index < 0, 0, words)
+
+
+@triton.jit
+def sums_begin(labeled, in_weight, SIZE_H: tl.constexpr, SIZE_V: tl.constexpr):
+    """The place, in numbers of float32, of the sums: at the end of grad_weight, of whose numbers `in_weight`
+    take the place of one, or (0) in memory of their own."""
+    from_end = SIZE_H * SIZE_V // tl.maximum(in_weight, 1).to(tl.int64) - labeled.to(tl.int64) * SIZE_H
+    return tl.where(in_weight > 0, from_end // 8 * 8, 0)
+
+
+@triton.jit
+def waits(first_word, words, labeled, in_weight, SIZE_H: tl.constexpr, SIZE_V: tl.constexpr):
+    """Whether a block's grad_weight lies where the sums are, and they are not done with this block."""
+    end = first_word + words
+    begin = sums_begin(labeled, in_weight, SIZE_H, SIZE_V) * in_weight
+    return (in_weight > 0) & (end < SIZE_V) & (end.to(tl.int64) * SIZE_H > begin)
 
 
 @triton.jit
@@ -187,12 +221,14 @@ def grad_logits_kernel(
     lse,
     grads,
     features: tl.int32,
-    row_tiles: tl.int32,
-    first_word: tl.int32,
-    words: tl.int32,
+    index: tl.int32,
+    room: tl.int32,
+    in_weight: tl.int32,
+    again: tl.int32,
     smoothing: tl.float32,
     z_loss: tl.float32,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     SIZE_H: tl.constexpr,
     SIZE_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -202,12 +238,15 @@ def grad_logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """G of a block of words: grads [T, BLOCK_V], rows with a label first; beyond the last word, as far as its
-    tile goes, something finite: it meets rows of 0 in the weight. Program: a tile."""
-    tile, word_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(words, BLOCK_N), GROUP)
+    """G of a block of words: grads [R, its width]; beyond the last word, as far as its tile goes, something
+    finite: it meets rows of 0 in the weight. `again` if it waits. Program: a tile."""
     labeled = tl.load(count)
-    if tile * BLOCK_M >= labeled:
+    width, first_word, words = block_of(index, labeled, room, SIZE_V, UNIT, BLOCK_V)
+    row_tiles, word_tiles = tl.cdiv(labeled, BLOCK_M), tl.cdiv(words, BLOCK_N)
+    is_done = (again > 0) & (not waits(first_word, words, labeled, in_weight, SIZE_H, SIZE_V))
+    if (tl.program_id(0) >= row_tiles * word_tiles) | is_done:
         return
+    tile, word_tile = tile_of(tl.program_id(0), row_tiles, word_tiles, GROUP)
     place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
     lse_M = tl.load(lse + row_M, mask=within_M, other=0.0)
     label_M = tl.load(labels + row_M, mask=within_M, other=-1)
@@ -225,7 +264,7 @@ def grad_logits_kernel(
         if SOFTCAP > 0:
             bent_MN = logit_MN / SOFTCAP
             grad_MN *= 1 - bent_MN * bent_MN
-        store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < BLOCK_V, BLOCK_V)
+        store_rows(grads, grad_MN, place_M, within_M, column_N, column_N < width, width)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -238,23 +277,25 @@ def grad_hidden_kernel(
     sums,
     grad_hidden,
     row_tiles: tl.int32,
-    first_word: tl.int32,
-    words: tl.int32,
+    index: tl.int32,
+    room: tl.int32,
+    in_weight: tl.int32,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     SIZE_H: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
+    SIZE_V: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """sums [T, H], those with a label first, float32: G·W of all blocks so far. After the last block
-    grad_hidden [T, H]. Program: a tile."""
+    """sums [R, H], float32: G·W of all blocks so far. After the last block grad_hidden [T, H]. Program: a
+    tile."""
     tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(SIZE_H, BLOCK_N), GROUP)
     labeled = tl.load(count)
-    if tile * BLOCK_M >= labeled:
+    width, first_word, words = block_of(index, labeled, room, SIZE_V, UNIT, BLOCK_V)
+    if (tile * BLOCK_M >= labeled) | (words == 0):
         return
     place_M, within_M, row_M = rows_of_tile(rows, labeled, tile, BLOCK_M)
     column_N = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -262,20 +303,20 @@ def grad_hidden_kernel(
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(0, words, BLOCK_K):
         word_K = k + tl.arange(0, BLOCK_K)
-        grad_MK = load_rows_within(grads, place_M, within_M, word_K, word_K < BLOCK_V, BLOCK_V)
+        grad_MK = load_rows_within(grads, place_M, within_M, word_K, word_K < width, width)
         weight_KN = load_rows_within(weight, first_word + word_K, word_K < words, column_N, within_N, SIZE_H)
         sum_MN = dot(grad_MK, weight_KN, sum_MN, PRECISION)
-    sum_halves = halves(sum_MN)
+    sum_halves, begin = halves(sum_MN), sums + sums_begin(labeled, in_weight, SIZE_H, SIZE_V)
     for i in tl.static_range(2):
         half_N = column_tile * BLOCK_N + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         half_MN = sum_halves[i]
-        if not FIRST:
-            half_MN += load_rows_within(sums, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
-        if LAST:
+        if first_word > 0:
+            half_MN += load_rows_within(begin, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
+        if first_word + words < SIZE_V:
+            store_rows(begin, half_MN, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
+        else:
             half_MN *= tl.load(scale)
             store_rows(grad_hidden, half_MN, row_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
-        else:
-            store_rows(sums, half_MN, place_M, within_M, half_N, half_N < SIZE_H, SIZE_H)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -286,19 +327,29 @@ def grad_weight_kernel(
     count,
     scale,
     grad_weight,
-    first_word: tl.int32,
-    words: tl.int32,
+    index: tl.int32,
+    room: tl.int32,
+    in_weight: tl.int32,
+    again: tl.int32,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
     SIZE_H: tl.constexpr,
+    SIZE_V: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """grad_weight [V, H] of the words of a block: Gᵀ·H. Program: a tile."""
-    tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(words, BLOCK_M), tl.cdiv(SIZE_H, BLOCK_N), GROUP)
+    """grad_weight [V, H] of the words of a block: Gᵀ·H, if it does not wait, and `again` if it does. Program:
+    a tile."""
     labeled = tl.load(count)
+    width, first_word, words = block_of(index, labeled, room, SIZE_V, UNIT, BLOCK_V)
+    word_tiles, column_tiles = tl.cdiv(words, BLOCK_M), tl.cdiv(SIZE_H, BLOCK_N)
+    is_other = waits(first_word, words, labeled, in_weight, SIZE_H, SIZE_V) != (again > 0)
+    if (tl.program_id(0) >= word_tiles * column_tiles) | is_other:
+        return
+    tile, column_tile = tile_of(tl.program_id(0), word_tiles, column_tiles, GROUP)
     word_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column_N = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     within_M, within_N = word_M < words, column_N < SIZE_H
@@ -307,7 +358,7 @@ def grad_weight_kernel(
     row_K = tl.load(rows + place_K, mask=place_K < labeled, other=0)
     for _ in tl.range(0, labeled, BLOCK_K):
         within_K = place_K < labeled
-        grad_MK = load_columns_within(grads, place_K, within_K, word_M, word_M < BLOCK_V, BLOCK_V)
+        grad_MK = load_columns_within(grads, place_K, within_K, word_M, word_M < width, width)
         hidden_KN = load_rows_within(hidden, row_K, within_K, column_N, within_N, SIZE_H)
         sum_MN = dot(grad_MK, hidden_KN, sum_MN, PRECISION)
         place_K += BLOCK_K  # the next rows are read ahead: loads that wait for them would not be
@@ -322,21 +373,24 @@ def grad_bias_kernel(
     count,
     scale,
     grad_bias,
-    first_word: tl.int32,
-    words: tl.int32,
+    index: tl.int32,
+    room: tl.int32,
     BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIZE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """grad_bias [V] of the words of a block: the sum of G's rows. Program: some words."""
     labeled = tl.load(count)
+    width, first_word, words = block_of(index, labeled, room, SIZE_V, UNIT, BLOCK_V)
     column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     within_N = column_N < words
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, labeled, BLOCK_M):
         place_M = first + tl.arange(0, BLOCK_M)
         within_M = place_M < labeled
-        grad_MN = load_rows_within(grads, place_M, within_M, column_N, column_N < BLOCK_V, BLOCK_V)
+        grad_MN = load_rows_within(grads, place_M, within_M, column_N, column_N < width, width)
         sum_MN += grad_MN.to(tl.float32)
     sum_N = tl.sum(sum_MN, 0) * tl.load(scale)
     tl.store(grad_bias + first_word + column_N, sum_N.to(grad_bias.dtype.element_ty), mask=within_N)

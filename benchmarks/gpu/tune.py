@@ -121,6 +121,15 @@ def neighbours(tiles: Any, bounds: dict[str, tuple[int, int]] = PRODUCTS) -> lis
     return [replace(tiles, **change) for change in found if within(change)]
 
 
+def is_allowed(config: Any, kernel: str, tiles: Any) -> bool:
+    """Whether the tiles go together with those of the other kernels."""
+    try:
+        replace(config, **{kernel: tiles})
+    except ValueError:
+        return False
+    return True
+
+
 def label(tiles: Any) -> str:
     return " ".join(f"{each.name} {getattr(tiles, each.name)}" for each in fields(tiles))
 
@@ -165,7 +174,11 @@ def search(
             continue
         of_pass = replace(work, costs={name: work.costs[name]})
         best, tried = getattr(config, kernel), set()
-        while candidates := [tiles for tiles in neighbours(best, family.bounds) if tiles not in tried]:
+        while candidates := [
+            tiles
+            for tiles in neighbours(best, family.bounds)
+            if tiles not in tried and is_allowed(config, kernel, tiles)
+        ]:
             if dry_run:
                 candidates = candidates[:QUICK_NEIGHBOURS]
             if time.monotonic() > deadline:

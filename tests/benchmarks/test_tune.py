@@ -109,6 +109,13 @@ def test_the_search_goes_on_from_what_was_fastest_and_tries_nothing_twice(
     assert list(tune.search(family, CASE, work, False, QUICK, time.monotonic() - 1)) == []
 
 
+def test_tiles_that_do_not_go_together_are_not_tried() -> None:
+    config = loss.default_config(torch.bfloat16, (9, 0))
+    deeper = {depth: replace(config.grad_hidden, depth=depth) for depth in (128, 256)}
+    assert tune.is_allowed(config, "grad_hidden", deeper[128])
+    assert not tune.is_allowed(config, "grad_hidden", deeper[256])  # than the tiles that it reads are wide
+
+
 def test_a_dry_run_tries_a_few_and_puts_the_tiles_back() -> None:
     default_config = loss.default_config
     few = replace(LOSS, passes={"statistics": FORWARD})

@@ -24,7 +24,7 @@ from pyvlm.reference import loss as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Tiles(16, 32, 16, 4, 1)
-CONFIG = Config(SMALL, SMALL, SMALL, SMALL, block=64, group=2)
+CONFIG = Config(SMALL, SMALL, SMALL, SMALL, room=1024, block=64, least=32, unit=32, group=2)
 NO_OPTIONS = {"softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0, "mean": True}
 OPTIONS = {
     "plain": {},
@@ -37,7 +37,7 @@ OPTIONS = {
 NAMES = ("loss", "hidden", "weight", "bias")
 SHARED_CASES = [*SMALL_CASES, *(case.reduced() for case in LARGE_CASES)]
 # Thousands of rows or words take the interpreter too long: fewer still make several tiles and blocks, of the
-# default 64 rows and 512 words as of the small 16 and 64.
+# default 64 rows and 128 to 512 words as of the small 16 and 32 to 64.
 CASES = [
     replace(case, tokens=min(case.tokens, 80), labeled=min(case.labeled, 70), words=min(case.words, 600))
     for case in SHARED_CASES
@@ -138,6 +138,48 @@ def test_every_option(dtype: torch.dtype, name: str, bias: bool) -> None:
 def test_every_size(case: LossCase, config: Config | None) -> None:
     if case.hidden > 0:
         assert_right([*case.inputs(torch.float32)], case.labels(), {}, config)
+
+
+@pytest.mark.parametrize("labeled", [0, 1, 18, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_that_lie_where_words_wait_for_them(
+    dtype: torch.dtype, labeled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of grad_weight; how many blocks of words wait depends on how many rows have a label."""
+    case = LossCase("waiting", "an odd number of weights", 40, labeled, 25, 331)
+    leaves, labels = [*case.inputs(dtype)], case.labels()
+    calls: list[dict[str, Any]] = []
+    launch = loss.launch
+
+    def watch(kernel: Any, grid: Any, tiles: Any, arguments: dict[str, Any]) -> None:
+        calls.append({"kernel": kernel.__name__} | arguments)
+        launch(kernel, grid, tiles, arguments)
+
+    monkeypatch.setattr(loss, "launch", watch)
+    actual = by_kernels(leaves, labels, {}, CONFIG)
+    of_hidden = [call for call in calls if call["kernel"] == "grad_hidden_kernel"]
+    places = {call["sums"].untyped_storage().data_ptr() for call in of_hidden}
+    assert places == {actual[2].untyped_storage().data_ptr()}
+    assert any(call.get("again") for call in calls)
+    monkeypatch.setattr(loss, "_MOST_THAT_WAIT", 0)
+    calls.clear()
+    apart = by_kernels(leaves, labels, {}, CONFIG)
+    assert not any(call.get("again") for call in calls)
+    for value, other in zip(actual, apart, strict=True):
+        assert value.equal(other)
+    if labeled > 0:
+        assert_right(leaves, labels, {})
+
+
+def test_tiles_that_would_read_what_nobody_wrote_are_refused() -> None:
+    for wrong in (
+        {"unit": 48},  # between two tiles
+        {"block": 80},
+        {"least": 0},
+        {"grad_hidden": replace(SMALL, depth=64), "unit": 64, "least": 64},  # deeper than G is written
+    ):
+        with pytest.raises(ValueError, match="expected units to be multiples of tiles"):
+            replace(CONFIG, **wrong)
 
 
 def test_rows_without_a_label_are_never_looked_at() -> None:
