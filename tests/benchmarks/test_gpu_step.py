@@ -11,11 +11,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
 from benchmarks.gpu.parts import Context
-from benchmarks.gpu.step import KINDS, MMCA, MOE, Step
+from benchmarks.gpu.step import KINDS, MMCA, MOE, Step, run
 
-
-def step_of(kind: str, compiled: bool = False) -> Step:
-    return Step(kind, Context(torch.device("cpu"), True, time.monotonic() + 60), compiled)
+CONTEXT = Context(torch.device("cpu"), True, time.monotonic() + 60)
 
 
 def homes(model: Any) -> dict[str, str]:
@@ -32,7 +30,7 @@ def homes(model: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_are_pyvlms_in_its_own_row_alone(kind: str) -> None:
-    step = step_of(kind)
+    step = Step(kind, CONTEXT)
     models = {row: step.model_of(row) for row in ("pyvlm", "sdpa")}
     language = {row: model.model.language_model for row, model in models.items()}
     attention = {row: each.config._attn_implementation for row, each in language.items()}
@@ -54,7 +52,7 @@ def test_kernels_are_pyvlms_in_its_own_row_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_rows_train_the_same_parameters_and_no_encoder(kind: str) -> None:
-    step = step_of(kind)
+    step = Step(kind, CONTEXT)
     parameters = [dict(step.model_of(row).named_parameters()) for row in ("pyvlm", "sdpa")]
     shared = dict(step.model.named_parameters())
     for of_row in parameters:
@@ -76,16 +74,33 @@ def test_a_compiled_step_is_one_graph(kind: str, row: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     losses = []
     for compiled in (False, True):
-        step = step_of(kind, compiled)
+        step = Step(kind, CONTEXT)
         model = step.model_of(row)
+        if compiled:
+            model = step.compiled(model)
         for _ in range(2):
             losses.append(step.loss(model).item())
             step.run(model)
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-3)
 
 
+def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_of = Step.model_of
+
+    def broken(self: Step, row: str) -> Any:
+        model = model_of(self, row)
+        if row == "pyvlm":
+            model.model.language_model.norm.forward = lambda hidden: hidden * torch.nan
+        return model
+
+    monkeypatch.setattr(Step, "model_of", broken)
+    (record,) = run(MOE, False, CONTEXT)
+    found = {name: outcome["status"] for name, outcome in record["providers"].items()}
+    assert found == {"pyvlm": "WRONG", "sdpa": "timed"}
+
+
 def test_a_step_that_is_done_leaves_its_memory_to_the_next() -> None:
-    step = step_of(MMCA)
+    step = Step(MMCA, CONTEXT)
     own = step.model_of("pyvlm")
     step.run(own)
     models = [weakref.ref(step.model), weakref.ref(own)]
