@@ -107,8 +107,8 @@ class TokenLayout:
             )
         doc_first, _ = _runs(self.document)
         image_first, _ = _runs(self.document, image)
-        row = torch.arange(len(kind))[:, None].expand_as(kind)
-        starts = (image_first == torch.arange(self.length)) & (image >= 0)
+        row = torch.arange(len(kind), device=kind.device)[:, None].expand_as(kind)
+        starts = (image_first == torch.arange(self.length, device=kind.device)) & (image >= 0)
         pieces = torch.stack([row, doc_first, image], -1)[starts]
         images, count = pieces.unique(dim=0, return_counts=True)
         if (count > 1).any():
@@ -121,7 +121,8 @@ class TokenLayout:
     def _check_prefix(self, prefix: Tensor) -> None:
         real = self.kind != PADDING
         doc_first, _ = _runs(self.document)
-        past_prefix = torch.where(real & ~prefix, torch.arange(self.length), -1).cummax(1).values
+        token = torch.arange(self.length, device=real.device)
+        past_prefix = torch.where(real & ~prefix, token, -1).cummax(1).values
         late = real & prefix & (past_prefix >= doc_first)
         if late.any():
             b, i = first_true(late)

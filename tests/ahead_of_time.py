@@ -219,8 +219,8 @@ def exponentials_beside_wgmma(loop: list[str]) -> list[int]:
     return [beside, sum(map(bool, map(EXPONENTIAL.search, loop)))]
 
 
-def compile_call(call: Call) -> dict[str, dict[str, Any]]:
-    """The facts of the kernels of a call, by their names in the table.
+def compiled_launches(call: Call) -> dict[str, Launch]:
+    """The launches of a call whose kernels are compiled, by the names that the call has for these.
 
     Of several launches of a kernel the last is meant; the others are `kernel 1`, `kernel 2` and so on.
     """
@@ -230,7 +230,13 @@ def compile_call(call: Call) -> dict[str, dict[str, Any]]:
         name = launch.kernel.__name__
         count[name] += 1
         found[name] = found[f"{name} {count[name]}"] = launch
-    return {call.name(name): facts(found[name], call.architecture) for name in call.kernels}
+    return {name: found[name] for name in call.kernels}
+
+
+def compile_call(call: Call) -> dict[str, dict[str, Any]]:
+    """The facts of the kernels of a call, by their names in the table."""
+    launches = compiled_launches(call)
+    return {call.name(name): facts(launch, call.architecture) for name, launch in launches.items()}
 
 
 def write_table(table: Path, calls: Sequence[Call]) -> None:

@@ -146,14 +146,15 @@ class Step:
         random = torch.Generator().manual_seed(1)
         config = config_of(self.kind, self.tiny)
         words, vision = config.text_config.vocab_size, config.vision_config
-        is_image = case.layout(torch.device("cpu")).kind == IMAGE
-        ids = torch.where(
-            is_image, IMAGE_TOKEN, torch.randint(IMAGE_TOKEN + 1, words, is_image.shape, generator=random)
-        )
+        cpu = torch.device("cpu")  # the same numbers on every device
+        is_image = case.layout(cpu).kind == IMAGE
+        text = torch.randint(IMAGE_TOKEN + 1, words, is_image.shape, generator=random, device=cpu)
+        ids = torch.where(is_image, IMAGE_TOKEN, text)
         # Answers carry the loss: the last eighth of each row, text alone.
-        is_answer = (torch.arange(case.length) >= case.length * 7 // 8) & ~is_image
+        is_answer = (torch.arange(case.length, device=cpu) >= case.length * 7 // 8) & ~is_image
         images = int(is_image.sum()) // (vision.image_size // vision.patch_size) ** 2
-        pixels = torch.randn(images, 3, vision.image_size, vision.image_size, generator=random)
+        shape = (images, 3, vision.image_size, vision.image_size)
+        pixels = torch.randn(shape, generator=random, device=cpu)
         inputs = {"input_ids": ids.to(self.device), "pixel_values": pixels.to(self.device, torch.bfloat16)}
         return inputs, torch.where(is_answer, ids, -100).to(self.device)
 

@@ -112,6 +112,18 @@ def test_to_moves_every_tensor() -> None:
     assert spans.separate
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_default_device_is_not_the_tensors(rule: str) -> None:
+    """As where a model is made under `torch.device`, or after `torch.set_default_device`."""
+    kind = torch.tensor([[1, 2, 2, 1, 2]], dtype=torch.uint8)
+    image = torch.tensor([[-1, 0, 0, -1, 1]], dtype=torch.int32)
+    prefix = torch.tensor([[True, True, True, False, False]])
+    expected = TokenLayout(kind, image, prefix=prefix).spans(rule, window=3)
+    with torch.device("meta"):
+        spans = TokenLayout(kind, image, prefix=prefix).spans(rule, window=3)
+    assert torch.equal(spans.bounds, expected.bounds)
+
+
 def test_joint_ranges_are_a_union_of_sets() -> None:
     bounds = torch.tensor([[[[0, 3], [1, 4]]]], dtype=torch.int32)
     spans = AttentionSpans(bounds, torch.tensor([[1, 2, 1, 0]], dtype=torch.uint8), (0b010, 0b110), False)

@@ -28,6 +28,7 @@ class Call:
     kernels: tuple[str, ...] = MAIN_KERNELS
     softcap: float = 0.0
     heads: int = 8
+    sinks: bool = False
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
@@ -43,7 +44,8 @@ class Call:
         softcap = " softcap" if self.softcap else ""
         name = f"{kernel} sm_{self.architecture} D{self.head_dim} {TYPES[self.dtype]} {self.streams}"
         heads = "" if self.heads == 8 else f" H{self.heads}"
-        return name + few + softcap + heads
+        sinks = " sinks" if self.sinks else ""
+        return name + few + softcap + heads + sinks
 
     def launches(
         self,
@@ -68,11 +70,10 @@ class Call:
             masks[:ranges],
             self.streams == "separate",
         )
+        options = (scale, self.softcap, q.new_empty(self.heads) if self.sinks else None)
         with recorded(attention, self.architecture) as recorded_launches:
-            results = attention.span_attention(q, k, v, *spans, scale, self.softcap)
-            attention.span_attention_backward(
-                torch.empty_like(q), None, q, k, v, *spans, scale, self.softcap, None, *results
-            )
+            results = attention.span_attention(q, k, v, *spans, *options)
+            attention.span_attention_backward(torch.empty_like(q), None, q, k, v, *spans, *options, *results)
         return recorded_launches
 
 
@@ -83,6 +84,7 @@ def most_rows(architecture: int, head_dim: int, dtype: torch.dtype) -> Call:
     return Call(architecture, head_dim, "separate", dtype, queries=queries, kernels=("decode_kernel",))
 
 
+DECODING = ("decode_kernel", "combine_kernel")
 HELPERS = ("summarise_keys", "summarise_queries", "row_statistics")
 STREAMS = ("one range", "joint", "separate")
 CALLS = (
@@ -97,17 +99,31 @@ CALLS = (
     *(Call(90, head_dim, "separate", torch.float32) for head_dim in (128, 256)),
     *(Call(architecture, 128, "separate", kernels=HELPERS) for architecture in ARCHITECTURES),
     *(
-        Call(architecture, head_dim, "separate", queries=1, kernels=("decode_kernel", "combine_kernel"))
+        Call(architecture, head_dim, "separate", queries=1, kernels=DECODING)
         for architecture in ARCHITECTURES
         for head_dim in (64, 128, 256)
     ),
     # Four heads a key head, and no second softmax: what benchmarks measure.
-    Call(90, 128, "one range", queries=1, heads=16, kernels=("decode_kernel", "combine_kernel")),
+    Call(90, 128, "one range", queries=1, heads=16, kernels=DECODING),
     *(
         most_rows(architecture, head_dim, dtype)
         for architecture in (80, 90)
         for head_dim in (128, 256)
         for dtype in (torch.bfloat16, torch.float32)
+    ),
+    # The other helpers that benchmarks launch; the first keys to be summarised are the forward's.
+    Call(90, 128, "one range", kernels=("summarise_keys 1", *HELPERS)),
+    Call(90, 128, "joint", kernels=("summarise_queries", "row_statistics")),
+    Call(90, 128, "separate", kernels=("summarise_keys 1",)),
+    *(Call(90, 64, streams, kernels=("row_statistics",)) for streams in ("one range", "separate")),
+    Call(90, 128, "one range", torch.float16),
+    *(Call(90, head_dim, "one range") for head_dim in (72, 80, 96)),  # filled up to 128
+    Call(90, 64, "one range", heads=32, sinks=True, kernels=("forward_kernel",)),  # gpt-oss
+    Call(90, 64, "one range", queries=1, heads=32, sinks=True, kernels=DECODING),
+    *(
+        Call(architecture, head_dim, "separate", torch.float32)
+        for architecture in (80, 100)
+        for head_dim in (128, 256)
     ),
 )
 

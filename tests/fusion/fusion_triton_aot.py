@@ -23,15 +23,17 @@ class Call:
     channels: int = 1024
     dtype: torch.dtype = torch.bfloat16
     per_level: str = ""  # what each level has of its own: "w", projections, "g", norms
+    trains: bool = True
     kernels: tuple[str, ...] = ("merge_kernel", "merge_backward_kernel")
     on_tensor_cores: tuple[str, ...] = ()  # the products are cuBLAS's
 
     def name(self, kernel: str) -> str:
         name = f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} C{self.channels}"
-        return f"{name} {self.per_level} per level" if self.per_level else name
+        per_level = f" {self.per_level} per level" if self.per_level else ""
+        return name + per_level + ("" if self.trains else " forward")
 
     def launches(self, levels: int = 24, images: int = 4, tokens: int = 576) -> list[Launch]:
-        """The launches of one forward and backward."""
+        """The launches of one forward and, where it trains, backward."""
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=self.dtype, device="meta")
@@ -48,8 +50,9 @@ class Call:
             each("g", self.channels),
         )
         with recorded(fusion, self.architecture) as recorded_launches:
-            out, mean, rstd = fusion.merge_levels(maps, *parameters, 1e-5, True)
-            fusion.merge_levels_backward(out, maps, *parameters, mean, rstd, [True] * 6)
+            out, mean, rstd = fusion.merge_levels(maps, *parameters, 1e-5, self.trains)
+            if self.trains:
+                fusion.merge_levels_backward(out, maps, *parameters, mean, rstd, [True] * 6)
         return recorded_launches
 
 
@@ -60,6 +63,7 @@ CALLS = (
     *(Call(90, per_level=letters) for letters in ("w", "g", "wg")),
     Call(90, dtype=torch.float32, per_level="g"),
     *(Call(architecture, kernels=("table_kernel",)) for architecture in ARCHITECTURES),
+    *(Call(90, per_level=letters, trains=False, kernels=("merge_kernel",)) for letters in ("", "wg")),
 )
 
 if __name__ == "__main__":

@@ -24,18 +24,22 @@ class Call:
     activation: str = "silu"
     gated: bool = True
     width: int = 4864
+    joint: bool = True  # else gate and up are tensors of their own
     kernels: tuple[str, ...] = ("gated_kernel", "gated_backward_kernel")
     on_tensor_cores: tuple[str, ...] = ()
 
     def name(self, kernel: str) -> str:
         gate = "gated" if self.gated else "plain"
-        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} {self.activation} {gate} I{self.width}"
+        name = f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} {self.activation} {gate} I{self.width}"
+        return name if self.joint else f"{name} apart"
 
     def launches(self, tokens: int = 2432) -> list[Launch]:
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=self.dtype, device="meta")
 
         gate, up = empty(tokens, 2 * self.width).chunk(2, dim=-1)
+        if not self.joint:
+            gate, up = gate.contiguous(), up.contiguous()
         arguments = (gate, up if self.gated else None, self.activation)
         with recorded(gating, self.architecture) as recorded_launches:
             gating.gated_activation(*arguments)
@@ -48,6 +52,9 @@ CALLS = (
     Call(90, dtype=torch.float32, activation="gelu"),
     Call(90, activation="gelu_tanh"),
     Call(90, activation="quick_gelu", gated=False, width=4096),
+    # transformers' Llamas, whose projections are apart, and CLIP.
+    *(Call(90, width=width, joint=False) for width in (5504, 11_008)),
+    Call(90, activation="quick_gelu", gated=False, width=4096, joint=False),
 )
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ OTHERS = ("combine_kernel", "grad_bias_kernel")
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the op, of which the kernels are compiled: Qwen2-0.5B's head."""
+    """A call of the op, of which the kernels are compiled: Qwen2-0.5B's head, with a bias."""
 
     architecture: int
     dtype: torch.dtype = torch.bfloat16
     softcap: float = 0.0
     kernels: tuple[str, ...] = PRODUCTS
+    features: int = 896
+    words: int = 151_936
+    bias: bool = True
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
@@ -32,17 +35,20 @@ class Call:
 
     def name(self, kernel: str) -> str:
         options = " softcap smoothing" if self.softcap else ""
-        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]}{options}"
+        head = "" if self.bias else f" H{self.features} V{self.words} no bias"
+        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]}{options}{head}"
 
-    def launches(self, tokens: int = 4096, words: int = 151_936) -> list[Launch]:
+    def launches(self, tokens: int = 4096, words: int | None = None) -> list[Launch]:
         """The launches of one forward and backward."""
+        words = self.words if words is None else words
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=self.dtype, device="meta")
 
         labels = torch.empty(tokens, dtype=torch.int64, device="meta")
         smoothing = 0.1 if self.softcap else 0.0
-        arguments = (empty(tokens, 896), empty(words, 896), labels, -100, empty(words))
+        bias = empty(words) if self.bias else None
+        arguments = (empty(tokens, self.features), empty(words, self.features), labels, -100, bias)
         with recorded(loss, self.architecture) as recorded_launches:
             out, lse = loss.linear_cross_entropy(*arguments, self.softcap, smoothing, 0.0, True)
             loss.linear_cross_entropy_backward(
@@ -56,6 +62,11 @@ CALLS = (
     *(Call(architecture, softcap=30.0, kernels=PRODUCTS[:2]) for architecture in ARCHITECTURES),
     *(Call(architecture, dtype=torch.float32) for architecture in ARCHITECTURES),
     *(Call(architecture, kernels=OTHERS) for architecture in ARCHITECTURES),
+    # What benchmarks measure: heads without biases.
+    Call(90, features=2048, bias=False),
+    Call(90, features=2048, words=32_000, bias=False),
+    Call(90, features=2048, words=32_000, bias=False, kernels=("combine_kernel",)),
+    Call(90, dtype=torch.float16),
 )
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Call:
     tokens: int = 4096
     kernels: tuple[str, ...] = PRODUCTS
     biases: bool = True
+    needs: str = "all"  # gradients: "all", "fixed routing" (not those of the routing's weights) or "none"
 
     @property
     def on_tensor_cores(self) -> tuple[str, ...]:
@@ -41,11 +42,12 @@ class Call:
 
     def name(self, kernel: str) -> str:
         biases = "" if self.biases else " no biases"
+        needs = {"all": "", "fixed routing": " fixed routing", "none": " forward"}[self.needs]
         sizes = f"I{self.intermediate} T{self.tokens}"
-        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} {sizes}{biases}"
+        return f"{kernel} sm_{self.architecture} {TYPES[self.dtype]} {sizes}{biases}{needs}"
 
     def launches(self, tokens: int | None = None, slots: int | None = None, experts: int = 8) -> list[Launch]:
-        """The launches of one forward and backward."""
+        """The launches of one forward and, where gradients are needed, backward."""
         tokens = self.tokens if tokens is None else tokens
         slots = 2 * tokens if slots is None else slots
         hidden, up_rows = 2048, 2 * self.intermediate
@@ -72,10 +74,12 @@ class Call:
             empty(experts, up_rows) if self.biases else None,
             empty(experts, hidden) if self.biases else None,
         )
-        needs = [True] * 4 + [self.biases] * 2
+        trains = self.needs != "none"
+        needs = [True, self.needs == "all", True, True, self.biases, self.biases]
         with recorded(moe, self.architecture) as recorded_launches:
-            y, pre_activation = moe.expert_mlp(x, *routing, *layer, True)
-            moe.expert_mlp_backward(y, x, pre_activation, *routing, *layer, needs)
+            y, pre_activation = moe.expert_mlp(x, *routing, *layer, trains)
+            if trains:
+                moe.expert_mlp_backward(y, x, pre_activation, *routing, *layer, needs)
         return recorded_launches
 
 
@@ -85,8 +89,18 @@ CALLS = (
     *(Call(architecture, kernels=OTHERS) for architecture in ARCHITECTURES),
     *(Call(architecture, tokens=8) for architecture in ARCHITECTURES),
     Call(90, dtype=torch.float32, tokens=8),
-    Call(90, intermediate=5504, biases=False),  # MoE-LLaVA's and Mixtral's kind, which benchmarks measure
+    # MoE-LLaVA's and Mixtral's kind, and of many small experts: what benchmarks measure.
+    Call(90, intermediate=5504, biases=False),
     Call(90, intermediate=5504, biases=False, tokens=8),
+    Call(90, intermediate=5504, biases=False, kernels=("schedule_kernel 1", "grad_weight_kernel")),
+    Call(90, intermediate=5504, biases=False, needs="fixed routing", kernels=("grad_hidden_kernel",)),
+    *(Call(90, intermediate=size, biases=False, needs="fixed routing") for size in (1024, 768)),
+    *(
+        Call(90, intermediate=size, biases=False, tokens=tokens, needs="none", kernels=("up_kernel",))
+        for size, tokens in ((5504, 4096), (5504, 8), (1024, 4096), (768, 4096))
+    ),
+    Call(90, dtype=torch.float16),
+    *(Call(architecture, dtype=torch.float32, tokens=8) for architecture in (80, 100)),
 )
 
 if __name__ == "__main__":
