@@ -59,8 +59,13 @@ def installed(package: str) -> str | None:
         return None
 
 
+def find_nvcc() -> str | None:
+    """On the PATH, or where torch's extensions find it."""
+    return shutil.which("nvcc") or (f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else None)
+
+
 def nvcc_version() -> str | None:
-    nvcc = shutil.which("nvcc") or (f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else None)
+    nvcc = find_nvcc()
     lines = (_asked(nvcc, "--version") or "").splitlines() if nvcc else []
     return next((line.split("release ")[1].split(",")[0] for line in lines if "release " in line), None)
 

@@ -285,7 +285,7 @@ class TestRunner:
             runner.main(["--dry-run", *arguments])
         assert reason in capsys.readouterr().err
 
-    @pytest.mark.parametrize("part", ["limits", "fusion"])
+    @pytest.mark.parametrize("part", ["limits", "fusion", "profile"])
     def test_records_are_written_as_they_are_made(self, part, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "compile", torch.compile)  # put back what the worker replaces
         written: list[int] = []

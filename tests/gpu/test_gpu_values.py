@@ -30,9 +30,12 @@ from pyvlm.ops import (
     Routing,
     expert_choice,
     expert_mlp,
+    gated_activation,
     linear_cross_entropy,
     merge_routings,
+    patches_to_token,
     routing_from_choices,
+    threshold_choice,
     token_choice,
 )
 from pyvlm.reference.gating import ACTIVATIONS
@@ -201,6 +204,71 @@ def test_routers(dtype: str, device: torch.device) -> None:
             assert routing.token.equal(expected.token), name
             assert routing.slot.equal(expected.slot), name
             torch.testing.assert_close(routing.weight, expected.weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize(
+    "router", ["expert choice", "token choice", "token choice as it is", "with a capacity", "threshold"]
+)
+def test_gradients_of_routers(router: str, dtype: str, device: torch.device) -> None:
+    """Of the weights of those slots that the router has chosen, whichever a rounding decides."""
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(777, 8, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
+    groups = torch.tensor([0, 300, 301, 777], device=device)
+    routers = {
+        "expert choice": lambda: expert_choice(logits, 40, groups),
+        "token choice": lambda: token_choice(logits, 3),
+        "token choice as it is": lambda: token_choice(logits, 3, normalize=False),
+        "with a capacity": lambda: token_choice(logits, 3, capacity=200),
+        "threshold": lambda: threshold_choice(logits, torch.full((8,), 0.2, device=device)),
+    }
+    routing = routers[router]()
+    token, expert = routing.token.long(), routing.expert
+    cotangent = torch.randn(len(token), generator=generator).to(device)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = logits.detach().to(dtype).requires_grad_()
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = leaf.softmax(-1, dtype=wide)[token, expert]
+        if router in ("token choice", "with a capacity"):
+            weight = weight / weight.new_zeros(len(leaf)).index_add(0, token, weight)[token]
+        return torch.autograd.grad(weight, leaf, cotangent.to(wide))[0]
+
+    (actual,) = torch.autograd.grad(routing.weight, logits, cotangent)
+    assert actual.dtype == logits.dtype
+    assert_close(actual, gradient(torch.float64), gradient(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_patches_to_token(dtype: str, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(9)
+    shapes = ((2, 36, 120), (2, 24, 200), (96, 360), (96, 400), (96,), (96,))
+    leaves = [torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes]
+    leaves = [x.to(device, DTYPES[dtype]) for x in leaves]
+    cotangent = torch.randn(2, 24, 96, generator=generator).to(device, DTYPES[dtype])
+
+    def results(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        given = [x.to(dtype).detach().requires_grad_() for x in leaves]
+        out = patches_to_token(given[:2], given[2:4], (3, 2), given[4:], backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, given, cotangent.to(dtype))]
+
+    plain, expected = results(DTYPES[dtype], "reference"), results(torch.float64, "reference")
+    for i, value in enumerate(results(DTYPES[dtype], "auto")):
+        assert_close(value, expected[i], plain[i], f"result {i}")
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_an_activation_written_over_the_gate(gated: bool, dtype: str, device: torch.device) -> None:
+    joint = torch.randn(90, 2 * 1300, generator=torch.Generator().manual_seed(10)).to(device, DTYPES[dtype])
+    gate, up = joint.chunk(2, dim=-1)  # halves of rows that lie further apart
+    before = up.clone()
+    expected = gated_activation(gate.clone(), up if gated else None)
+    out = gated_activation(gate, up if gated else None, inplace=True)
+    assert out.equal(expected)
+    assert out.data_ptr() == gate.data_ptr()
+    assert gate.equal(expected)
+    assert up.equal(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -21,6 +21,7 @@ pytest.importorskip("skimage", reason="scikit-image, which has the tiny recipes'
 pytest.importorskip("sklearn", reason="scikit-learn, which has some of their pictures, is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard, which a run writes for, is not installed")
 pytest.importorskip("tokenizers", reason="tokenizers, which processors need, is not installed")
+from models.tiny_experts import EXPERTS, assert_no_logit_depends_on_what_comes_later, model_of
 from PIL import Image
 
 from pyvlm.models import VLM
@@ -80,6 +81,16 @@ def test_loss_and_gradients_are_those_of_the_cpu(device: torch.device, name: str
     with waiting_refused(device) if model.config.language.moe is None else nullcontext():
         again, _ = loss_and_gradients(model, to_device(batch, device))
     assert torch.isfinite(again)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("rule", ["mmca", "mmca_image", "causal"])
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_no_logit_depends_on_later_tokens_or_images(
+    experts: str, rule: str, training: bool, device: torch.device
+) -> None:
+    model = model_of(EXPERTS[experts], attention_rule=rule).train(training).to(device)
+    assert_no_logit_depends_on_what_comes_later(model, device)
 
 
 @each_system

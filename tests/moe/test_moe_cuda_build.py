@@ -1,7 +1,6 @@
 """The CUDA sources compile without a GPU and without CUDA in torch, and their kernels do not spill."""
 
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,14 +11,17 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import pyvlm
+from benchmarks.gpu.facts import find_nvcc
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LINES = [line.split("#")[0].strip() for line in (CSRC / "sources.txt").read_text().splitlines()]
 SOURCES = [line for line in LINES if line.endswith(".cu")]
 ARCHITECTURES = (80, 90, 100)
-NVCC = shutil.which("nvcc")
+NVCC = find_nvcc()
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc on the PATH to compile CUDA sources")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="there is no nvcc, on the PATH or in CUDA_HOME, to compile CUDA sources"
+)
 
 LOAD = """
 import importlib.machinery, importlib.util, os, sys
