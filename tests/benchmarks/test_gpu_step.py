@@ -3,6 +3,7 @@
 import gc
 import time
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,18 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="transformers, an optional package, is not installed")
+from benchmarks.gpu import step as steps
 from benchmarks.gpu.parts import Context
 from benchmarks.gpu.step import KINDS, MMCA, MOE, Step, run
 
 CONTEXT = Context(torch.device("cpu"), True, time.monotonic() + 60)
+
+
+@pytest.fixture(autouse=True)
+def settings_stay() -> Iterator[None]:
+    """A compiled step changes how torch compiles."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=torch._dynamo.config.capture_scalar_outputs):
+        yield
 
 
 def homes(model: Any) -> dict[str, str]:
@@ -82,6 +91,26 @@ def test_a_compiled_step_is_one_graph(kind: str, row: str, monkeypatch: pytest.M
             losses.append(step.loss(model).item())
             step.run(model)
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_peer_that_does_not_compile_leaves_pyvlms_step_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise NotImplementedError("not on this device")
+
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(steps, "by_flex", lambda spans: refuse)
+    (record,) = run(MMCA, True, CONTEXT)
+    found = {name: row["status"] for name, row in record["providers"].items()}
+    assert found == {"pyvlm": "timed", "compile": "unavailable"}
+    assert len(graphs) == 2  # before the peer and after it
+    assert all("pyvlm.span_attention" in code and "cross_entropy" in code for code in graphs)
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
