@@ -205,8 +205,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> fuse_grids_backward(
   for (size_t i = 0; i < features.size(); ++i) {
     const Source& s = fusion.sources[i];
     if (!weight.has_value()) {
-      grads.push_back(needs[i] ? fusion.resized_back(grad_y.narrow(2, s.channel, s.channels), s).contiguous()
-                               : none());
+      const auto grad_x = [&] {
+        const at::Tensor grad = grad_y.narrow(2, s.channel, s.channels);
+        // Of the only map it is grad_y itself, and an op's result may not be an argument of it.
+        return s.same ? grad.clone(at::MemoryFormat::Contiguous) : fusion.resized_back(grad, s).contiguous();
+      };
+      grads.push_back(needs[i] ? grad_x() : none());
       continue;
     }
     if (!needs[i] && !needs_weight) {

@@ -68,6 +68,15 @@ def test_maps_with_the_class_token_cut_off() -> None:
     assert fuse_grids(features, case.grids, case.target, weight, backend="native").equal(expected)
 
 
+def test_the_gradient_of_an_only_map_is_a_tensor_of_its_own() -> None:
+    """An op's result that is its argument would be changed with it, in a gradient that is clipped, say."""
+    x, grad = torch.randn(2, 16, 8, requires_grad=True), torch.randn(2, 16, 8)
+    y = fuse_grids([x], [(4, 4)], (4, 4), backend="native")
+    (actual,) = torch.autograd.grad(y, x, grad)
+    assert actual.equal(grad)
+    assert actual.data_ptr() != grad.data_ptr()
+
+
 def test_the_concatenation_is_never_made() -> None:
     case = BY_NAME["up"]
     features = [x.requires_grad_() for x in case.features(torch.float32)]
