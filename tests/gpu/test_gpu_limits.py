@@ -17,6 +17,7 @@ from pyvlm.ops import (
     Routing,
     add_at_image_tokens,
     expert_mlp,
+    fuse_grids,
     gated_activation,
     linear_cross_entropy,
     local_cross_attention,
@@ -141,6 +142,22 @@ def test_placement_keeps_one_text(op: Callable[..., Tensor], device: torch.devic
 
     # The result, and the text's gradient; where the images are is a number a token.
     assert_peak(device, train, 2 * text.nbytes + features.nbytes + 4 * MEGABYTE)
+
+
+def test_grids_are_never_concatenated(device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    images, side, widths, features = (16, 32, (1024, 1536, 256), 1024) if on_gpu else (2, 4, (24, 40, 8), 16)
+    grids = ((side, side), (side, side), (side // 2, side // 2))
+    maps = [
+        random(device, images, rows * columns, width)
+        for (rows, columns), width in zip(grids, widths, strict=True)
+    ]
+    weight = random(device, features, sum(widths), scale=sum(widths) ** -0.5)
+    out = images * side**2 * features * 2
+    # The last map is resized in float32, and again has its own dtype; cuBLAS may take a workspace.
+    resized = 2 * maps[2].nbytes + images * side**2 * widths[2] * (4 + 2)
+    with torch.no_grad():
+        assert_peak(device, lambda: fuse_grids(maps, grids, grids[0], weight), out + resized + 36 * MEGABYTE)
 
 
 def test_windows_are_never_rearranged(device: torch.device) -> None:
