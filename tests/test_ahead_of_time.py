@@ -3,6 +3,7 @@
 import importlib
 import json
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,19 +176,34 @@ def not_compiled(launches: dict[str, list[ahead_of_time.Launch]], architecture: 
     ]
 
 
+def launches_of_benchmark(family: Any, case: Any) -> dict[str, list[ahead_of_time.Launch]]:
+    """What pyvlm's row of a case launches on Hopper."""
+    with launches_as_on_a_gpu(90) as launches:
+        work = family.workload(case, META, torch.bfloat16)
+        ours = family.OPERATION.providers[0].build(work)
+        for each_pass in work.costs:
+            run_pass(ours, work, each_pass)()
+    return launches
+
+
 @pytest.mark.parametrize(
     ("family", "case"),
     [(family, case) for family, of_family in BENCHMARKS for case in of_family],
     ids=lambda value: getattr(value, "name", None) or value.OPERATION.name,
 )
 def test_what_a_benchmark_of_an_op_launches_is_compiled(family: Any, case: Any) -> None:
-    with launches_as_on_a_gpu(90) as launches:
-        work = family.workload(case, META, torch.bfloat16)
-        ours = family.OPERATION.providers[0].build(work)
-        for each_pass in work.costs:
-            run_pass(ours, work, each_pass)()
+    launches = launches_of_benchmark(family, case)
     assert launches[family.OPERATION.name]
     assert not_compiled(launches) == []
+
+
+def test_what_is_compiled_nowhere_is_found() -> None:
+    case = replace(cases.NORM[0], channels=4104)
+    missing = not_compiled(launches_of_benchmark(benchmarks.norm, case))
+    assert [line.split(":")[0] for line in missing] == [
+        "norm's rms_norm_kernel",
+        "norm's rms_norm_backward_kernel",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["llava-mmca", "moe-llava"])
