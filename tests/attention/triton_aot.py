@@ -118,6 +118,7 @@ CALLS = (
     *(Call(90, 64, streams, kernels=("row_statistics",)) for streams in ("one range", "separate")),
     Call(90, 128, "one range", torch.float16),
     *(Call(90, head_dim, "one range") for head_dim in (72, 80, 96)),  # filled up to 128
+    *(Call(80, 72, streams) for streams in STREAMS),
     Call(90, 64, "one range", heads=32, sinks=True, kernels=("forward_kernel",)),  # gpt-oss
     Call(90, 64, "one range", queries=1, heads=32, sinks=True, kernels=DECODING),
     *(
